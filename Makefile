@@ -1,0 +1,39 @@
+# Each target does its own set-up: nothing is needed but Python >= 3.10, make and git.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+JOBS   ?= 2
+
+.PHONY: demo test lint types docs check bench clean
+
+demo: $(STAMP)
+	$(BIN)/lagless demo --out demo-run --overwrite
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/pyright
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --quiet
+
+check: test lint types docs
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/update.py
+	$(BIN)/python benchmarks/checkpoints.py
+
+# Editable install, so only a change of dependencies needs another run of pip.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) site demo-run

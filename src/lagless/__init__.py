@@ -1,0 +1,1 @@
+"""Train for the model you return: averaged weights without the lag."""
