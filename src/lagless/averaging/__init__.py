@@ -1,0 +1,3 @@
+"""Averages that follow a run: state, dtypes, devices."""
+
+from lagless.averaging._averager import Averager as Averager

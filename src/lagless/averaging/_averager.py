@@ -1,0 +1,387 @@
+"""Follow one or many averaging rules during training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lagless._validation import require_integer
+from lagless.averaging._bank import Bank, RowUpdate
+from lagless.averaging._live import LiveTensors, Source
+from lagless.averaging._start import StoredStart
+from lagless.averaging._state import FORMAT, State, check_same, load_file, save_file
+from lagless.filters import require_updates, tail
+from lagless.rules import Read, Rule, Start, rule_to_dict
+from lagless.schedules import Tick
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
+_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+class Averager:
+    """Averages of a model's weights, updated once per optimizer step.
+
+    At a rule's update steps ``b ← M b + v θ_t``; the average ``c·b + d θ_t`` is formed when it is read. Rules that need
+    the same buffer share it: BEMA holds two copies of the parameters (θ_0 and its ema), and an EMA with the same gain
+    beside it adds none.
+
+    A read off an update step counts the tail: its value is that of one more update at the present step, and the state
+    stays as it was. On an update step it is the rule's own value, for BEMA that of Algorithm 1.
+
+    Args:
+        source: a module (its trainable parameters and persistent floating-point buffers are averaged) or named tensors.
+        rules: one rule, or a mapping of names to rules. A single rule is named by its class in lower case.
+        dtype: of the stored averages: None for float32 (wider where the parameters are), or ``torch.bfloat16``, which
+            is rounded stochastically so that averages with long memories still move. θ_0 and snapshots keep the
+            parameters' dtype.
+        device: where averages are kept; None for each parameter's own device.
+        start: path of the base checkpoint, if it holds θ_0: BEMA then stores one copy, like an EMA. It is checked to
+            equal the live weights now, and to be unchanged whenever an average is read.
+        step: optimizer steps already taken, for an Averager that joins a run.
+        total_steps: length of the run, if known; rules that would never update in it are refused now.
+        seed: of the noise of stochastic rounding.
+        compile: update several averages by one kernel of ``torch.compile``, which reads the live weights once; needs a
+            C++ compiler on CPUs, and some seconds at the first update. Pays with two rules or more.
+
+    Raises:
+        ValueError: if there is nothing to average, a name is not usable, ``total_steps`` is too short for a rule, or
+            ``start`` does not fit.
+
+    >>> import torch, lagless
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> avg = lagless.Averager(model, {"ema": lagless.EMA(decay=0.9), "bema": lagless.BEMA(update_freq=2)})
+    >>> handle = avg.attach(optimizer)
+    >>> for _ in range(4):
+    ...     optimizer.zero_grad()
+    ...     model(torch.ones(1, 2)).square().mean().backward()
+    ...     optimizer.step()
+    >>> avg.step, avg.updates("bema")
+    (4, 2)
+    >>> with avg.applied("bema"):
+    ...     averaged = model(torch.ones(1, 2))
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        rules: Rule | Mapping[str, Rule],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        start: str | PathLike[str] | None = None,
+        step: int = 0,
+        total_steps: int | None = None,
+        seed: int = 0,
+        compile: bool = False,
+    ) -> None:
+        self.rules: dict[str, Rule] = {type(rules).__name__.lower(): rules} if isinstance(rules, Rule) else dict(rules)
+        _check_arguments(self.rules, dtype, step, total_steps, seed)
+        self.step = step
+        self._live = LiveTensors(source)
+        self._applied: str | None = None
+        self._attached: list[Optimizer] = []
+        self._last = {name: Tick(step, max(step, rule.update_after), 0) for name, rule in self.rules.items()}
+
+        labels = list(dict.fromkeys(label for rule in self.rules.values() for label in rule.labels))
+        self._index = {name: [labels.index(label) for label in rule.labels] for name, rule in self.rules.items()}
+        live = self._live.tensors()
+        self._stored_start: StoredStart | None = None
+        absent: list[Hashable] = []
+        if start is not None:
+            _check_start(self.rules, step)
+            self._stored_start = StoredStart(start, self._live.names, live)
+            absent = [label for label in labels if isinstance(label, Start)]
+        place = None if device is None else torch.device(device)
+        self._bank = Bank(live, labels, dtype=dtype, device=place, seed=seed, compile=compile, absent=absent)
+
+    def __repr__(self) -> str:
+        rules = ", ".join(f"{name}: {rule} ({self.updates(name)} updates)" for name, rule in self.rules.items())
+        return f"Averager({len(self._live.names)} tensors, step {self.step}, {rules})"
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Count one optimizer step, and update the rules that are due. Call it after every step of the optimizer.
+
+        Raises:
+            RuntimeError: while averaged weights are in the model.
+        """
+        self._refuse_while_applied("update")
+        self.step += 1
+        rows: dict[int, RowUpdate] = {}
+        for name, rule in self.rules.items():
+            if rule.update_after == self.step:
+                # Buffers follow the weights through burn-in, and can be read only later: its last step is enough.
+                rows |= {i: RowUpdate(i, 0.0, (), 1.0) for i in self._index[name]}
+            elif rule.timing.updates(self.step):
+                self._last[name] = self._next(name)
+                rows |= self._rows(name)
+        if rows:
+            # A row depends on buffers registered before its own, so from the last to the first each sees old values.
+            self._bank.update(self._live.tensors(), [rows[i] for i in sorted(rows, reverse=True)], self.step)
+
+    def attach(self, optimizer: Optimizer) -> Attachment:
+        """Call :meth:`update` after every real step of ``optimizer`` from now on.
+
+        Under gradient accumulation that is once per optimizer step. A step that a gradient scaler skipped does not
+        count. Stepping while averaged weights are in the model is refused.
+
+        Returns:
+            An object whose ``remove()`` detaches again.
+
+        Raises:
+            RuntimeError: if it is attached to this optimizer already.
+        """
+        inner: Optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps the one whose hooks run
+        if any(inner is other for other in self._attached):
+            raise RuntimeError("the Averager is attached to this optimizer already; every step would count twice.")
+
+        def before(*_: Any) -> None:
+            self._refuse_while_applied("step the optimizer")
+
+        def after(stepped: Optimizer, *_: Any) -> None:
+            # A fused optimizer is stepped even when the scaler found infinities, and leaves the weights alone.
+            found_inf = getattr(stepped, "found_inf", None)
+            if found_inf is None or not bool(found_inf):
+                self.update()
+
+        guard, hook = inner.register_step_pre_hook(before), inner.register_step_post_hook(after)
+        self._attached.append(inner)
+
+        def remove() -> None:
+            guard.remove()
+            hook.remove()
+            self._attached[:] = [other for other in self._attached if other is not inner]
+
+        return Attachment(remove)
+
+    def updates(self, name: str | None = None) -> int:
+        """How many updates the rule ``name`` has had; its average can be read from the first one on."""
+        return self._last[self._resolve(name)].number
+
+    @contextmanager
+    def applied(self, name: str | None = None) -> Iterator[None]:
+        """The model with averaged weights inside the ``with`` block; afterwards, also after an error, the live bits.
+
+        Weights are rounded to the parameters' dtype. One more copy of the parameters is held meanwhile, and whatever
+        the block writes to them is lost.
+
+        Args:
+            name: which average; may be left out if there is only one.
+
+        Raises:
+            RuntimeError: before the first update of that rule, or inside another ``applied``.
+        """
+        name = self._resolve(name)
+        self._refuse_while_applied(f"apply {name!r}")
+        values = self._values(name)
+        live = self._live.tensors()
+        backup = [tensor.clone() for tensor in live]
+        self._applied = name
+        try:
+            with torch.no_grad():
+                for tensor, value in zip(live, values, strict=True):
+                    tensor.copy_(value)
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, bits in zip(live, backup, strict=True):
+                    tensor.copy_(bits)
+            self._applied = None
+
+    @torch.no_grad()
+    def read(self, name: str | None = None, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The averaged weights as new tensors; the live ones stay untouched.
+
+        ``model.load_state_dict({**model.state_dict(), **avg.read()})`` makes a model of them: frozen parameters and
+        integer buffers, which need no average, are the model's own.
+
+        Args:
+            name: which average; may be left out if there is only one.
+            dtype: of the result; None for float32 (wider where the parameters are).
+
+        Returns:
+            Name → tensor on the parameter's device; every name of a tied tensor maps to the same one.
+
+        Raises:
+            RuntimeError: before the first update of that rule, or while averaged weights are in the model.
+        """
+        name = self._resolve(name)
+        self._refuse_while_applied(f"read {name!r}")
+        values = (v if dtype is None else v.to(dtype) for v in self._values(name))
+        averages = dict(zip(self._live.names, values, strict=True))
+        return averages | {alias: averages[first] for alias, first in self._live.aliases.items()}
+
+    def state_dict(self) -> State:
+        """Everything a resumed run needs: ``{"tensors": {name: tensor}, "meta": {plain JSON}}``.
+
+        Tensors are the Averager's own, not copies. Restore the live weights first, then :meth:`load_state_dict`: the
+        run goes on bit for bit as if it had never stopped.
+        """
+        names: dict[int, str] = {}
+        for rule, indices in self._index.items():
+            for position, i in enumerate(indices):
+                names.setdefault(i, f"{rule}.{position}")
+        tensors = {
+            f"{names[i]}/{parameter}": tensor
+            for i, buffer in enumerate(self._bank.buffers)
+            for parameter, tensor in zip(self._live.names, buffer, strict=bool(buffer))
+        }
+        stored = self._stored_start
+        meta = {
+            "format": FORMAT,
+            "step": self.step,
+            "seed": self._bank.seed,
+            "rules": {name: rule_to_dict(rule) for name, rule in self.rules.items()},
+            "last": {name: tick._asdict() for name, tick in self._last.items()},
+            "buffers": {rule: [names[i] for i in indices] for rule, indices in self._index.items()},
+            "start": stored and {"name": stored.path.name, "fingerprint": stored.fingerprint},
+        }
+        return {"tensors": tensors, "meta": meta}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: State) -> None:
+        """Take over a state of :meth:`state_dict`; the Averager must have the same rules, parameters and dtype.
+
+        Raises:
+            ValueError: if it has not; nothing is changed then.
+            RuntimeError: while averaged weights are in the model.
+        """
+        self._refuse_while_applied("load a state")
+        own = self.state_dict()
+        check_same(state, own)
+        for name, tensor in own["tensors"].items():
+            tensor.copy_(state["tensors"][name])
+        meta = state["meta"]
+        self.step, self._bank.seed = meta["step"], meta["seed"]
+        self._last = {name: Tick(**tick) for name, tick in meta["last"].items()}
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the state to one safetensors file, atomically."""
+        save_file(self.state_dict(), path)
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Take over a state that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged or does not fit.
+        """
+        self.load_state_dict(load_file(path))
+
+    def _resolve(self, name: str | None) -> str:
+        if name is None and len(self.rules) == 1:
+            return next(iter(self.rules))
+        if name is None or name not in self.rules:
+            problem = "say which average you mean" if name is None else f"there is no average {name!r}"
+            raise ValueError(f"{problem}; this Averager follows {', '.join(self.rules)}.")
+        return name
+
+    def _refuse_while_applied(self, action: str) -> None:
+        if self._applied is not None:
+            raise RuntimeError(
+                f"cannot {action} while the average {self._applied!r} is in the model; leave the applied() block first."
+            )
+
+    def _next(self, name: str) -> Tick:
+        last = self._last[name]
+        return Tick(self.step, last.step if last.number else last.previous, last.number + 1)
+
+    def _rows(self, name: str) -> dict[int, RowUpdate]:
+        """The rows of the rule's latest update that do anything, by buffer."""
+        update, index = self.rules[name].update(self._last[name]), self._index[name]
+        rows: dict[int, RowUpdate] = {}
+        for i, (matrix_row, live) in enumerate(zip(update.matrix, update.live, strict=True)):
+            others = tuple((index[j], w) for j, w in enumerate(matrix_row) if w != 0.0 and j != i)
+            if others or live != 0.0 or matrix_row[i] != 1.0:
+                rows[index[i]] = RowUpdate(index[i], matrix_row[i], others, live)
+        return rows
+
+    def _coefficients(self, name: str) -> Read:
+        """c and d of a read now, with the tail counted in."""
+        rule, last = self.rules[name], self._last[name]
+        if last.number == 0:
+            raise RuntimeError(
+                f"{name!r} has had no update in {self.step} steps (update_after={rule.update_after}, "
+                f"update_freq={rule.update_freq}), so there is no average yet. Read it later, or choose a smaller "
+                "update_freq; .updates(name) tells."
+            )
+        if last.step == self.step:
+            return rule.read(last)
+        tick = self._next(name)
+        return tail(rule.update(tick), rule.read(tick))
+
+    def _values(self, name: str) -> Iterator[Tensor]:
+        """The averaged tensors one by one, in float32 or wider."""
+        buffers, live_weight = self._coefficients(name)
+        weighted = [(self._index[name][j], w) for j, w in enumerate(buffers) if w != 0.0]
+        stored = self._stored_start
+        base = stored.open() if stored and any(not self._bank.buffers[i] for i, _ in weighted) else None
+
+        def values() -> Iterator[Tensor]:
+            for n, (parameter, live) in enumerate(zip(self._live.names, self._live.tensors(), strict=True)):
+                terms = [(live, live_weight)] if live_weight != 0.0 else []
+                for i, weight in weighted:
+                    buffer = self._bank.buffers[i]
+                    if buffer:
+                        terms.append((buffer[n], weight))
+                    elif base is not None:
+                        terms.append((base.read_tensor(parameter), weight))
+                yield _combine(terms, live.device, torch.promote_types(live.dtype, torch.float32))
+
+        return values()
+
+
+class Attachment:
+    """The tie between an Averager and an optimizer; ``remove()`` cuts it."""
+
+    def __init__(self, remove: Callable[[], None]) -> None:
+        self.remove = remove
+
+
+def _combine(terms: list[tuple[Tensor, float]], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Σ weight · tensor as a new tensor. A single term of weight 1 is a copy, bit for bit."""
+    (first, weight), *others = terms
+    total = first.to(device, dtype, copy=True)
+    if weight != 1.0:
+        total.mul_(weight)
+    for tensor, weight in others:
+        total.add_(tensor.to(device, dtype), alpha=weight)
+    return total
+
+
+def _check_arguments(
+    rules: dict[str, Rule], dtype: torch.dtype | None, step: int, total_steps: int | None, seed: int
+) -> None:
+    if not rules:
+        raise ValueError("rules is empty; give at least one, e.g. lagless.BEMA().")
+    for name, rule in rules.items():
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot name an average; use letters, digits, '.', '_' and '-'.")
+        if not isinstance(rule, Rule):
+            raise TypeError(f"{name}={rule!r} is not an averaging rule; give e.g. lagless.BEMA().")
+        if total_steps is not None:
+            require_updates(rule, total_steps)
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype}; averages are stored as one of {', '.join(map(str, _DTYPES))}.")
+    require_integer("step", step, minimum=0)
+    require_integer("seed", seed, minimum=0)
+
+
+def _check_start(rules: dict[str, Rule], step: int) -> None:
+    if step != 0:
+        raise ValueError(f"start is the model at step 0, but step={step}; leave start out when joining a run.")
+    for name, rule in rules.items():
+        first = rule.update(Tick(rule.update_after + rule.update_freq, rule.update_after, 1))
+        for i, label in enumerate(rule.labels):
+            read_back = any(row[i] != 0.0 for j, row in enumerate(first.matrix) if j != i)
+            if isinstance(label, Start) and (rule.update_after > 0 or read_back):
+                why = "reads θ_0 at every update" if read_back else f"replaces θ_0 at update_after={rule.update_after}"
+                raise ValueError(f"start cannot hold θ_0 of {name!r}: {type(rule).__name__} {why}; leave start out.")

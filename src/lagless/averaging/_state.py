@@ -1,0 +1,94 @@
+"""The state of an Averager: tensors under flat names and plain JSON, as a mapping or as one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypedDict
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+FORMAT = 1
+_KEY = "lagless"
+
+
+class State(TypedDict):
+    """``tensors``: "{buffer}/{parameter}" → tensor. ``meta``: everything else, plain JSON."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+def save_file(state: State, path: str | PathLike[str]) -> None:
+    """Write ``state`` to one safetensors file; it appears under its name only when complete."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        tensors = {name: tensor.contiguous() for name, tensor in state["tensors"].items()}
+        safetensors.torch.save_file(tensors, partial, metadata={_KEY: json.dumps(state["meta"])})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_file(path: str | PathLike[str]) -> State:
+    """Read what :func:`save_file` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged or no Averager wrote it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no averager state at {path}; give the file that Averager.save wrote.")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            meta = (file.metadata() or {}).get(_KEY)
+            if meta is None:
+                raise ValueError(
+                    f"{path} is a safetensors file, but not an Averager's state (it lacks '{_KEY}' metadata)."
+                )
+            return {"tensors": {name: file.get_tensor(name) for name in file.keys()}, "meta": json.loads(meta)}
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); go back to an earlier checkpoint."
+        ) from error
+
+
+def check_same(state: State, expected: State) -> None:
+    """Refuse a state that belongs to other rules, other parameters or another storage.
+
+    Raises:
+        ValueError: naming the first difference and the remedy.
+    """
+    meta, wanted = state["meta"], expected["meta"]
+    if meta.get("format") != FORMAT:
+        raise ValueError(
+            f"averager state has format {meta.get('format')!r}, this lagless reads {FORMAT}; update lagless."
+        )
+    if meta["rules"] != wanted["rules"]:
+        raise ValueError(
+            f"averager state was made with rules {meta['rules']}, this Averager has {wanted['rules']}. "
+            "Make the Averager with the same rules and names, or start new averages."
+        )
+    if (meta["start"] or {}).get("fingerprint") != (wanted["start"] or {}).get("fingerprint"):
+        raise ValueError(
+            f"averager state was made with start={meta['start']}, this Averager has start={wanted['start']}. "
+            "Give the same base checkpoint."
+        )
+    have, need = state["tensors"], expected["tensors"]
+    if have.keys() != need.keys():
+        missing, surplus = sorted(need.keys() - have.keys()), sorted(have.keys() - need.keys())
+        raise ValueError(
+            f"averager state is of another set of parameters: {len(missing)} missing {missing[:3]}, "
+            f"{len(surplus)} unexpected {surplus[:3]}. Freeze and wrap the model as when the state was saved."
+        )
+    for name, tensor in need.items():
+        if have[name].shape != tensor.shape or have[name].dtype != tensor.dtype:
+            raise ValueError(
+                f"averager state: {name} is {have[name].dtype} {tuple(have[name].shape)}, this Averager stores "
+                f"{tensor.dtype} {tuple(tensor.shape)}. Use the same model and the same dtype argument."
+            )

@@ -1,0 +1,190 @@
+"""A rule as a linear filter: the weight it puts on every iterate of a trajectory, and what those weights say.
+
+Everything here is exact in float64 and costs O(r²) per step, r the number of the rule's buffers: weights are found by
+running the recursion backwards on the read coefficients (its adjoint), not forwards on unit vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lagless.rules import Read, Rule, Update
+from lagless.schedules import Tick
+
+FloatArray = NDArray[np.float64]
+
+
+def ticks(rule: Rule, steps: Sequence[int]) -> Iterator[Tick]:
+    """The updates that ``rule`` makes at the given steps; ``steps[0]`` is θ_0's own."""
+    previous, number = max(rule.update_after, steps[0]), 0
+    for step in steps[1:]:
+        if rule.timing.updates(step):
+            number += 1
+            yield Tick(step, previous, number)
+            previous = step
+
+
+def count_updates(rule: Rule, total_steps: int) -> int:
+    """How many updates a run of ``total_steps`` optimizer steps gives.
+
+    >>> from lagless import BEMA
+    >>> count_updates(BEMA(update_freq=400), 1000)
+    2
+    """
+    return max(0, total_steps - rule.update_after) // rule.update_freq
+
+
+def require_updates(rule: Rule, total_steps: int) -> None:
+    """Refuse a run in which ``rule`` would never update.
+
+    Raises:
+        ValueError: if ``total_steps`` ends before the first update.
+    """
+    if count_updates(rule, total_steps) == 0:
+        raise ValueError(
+            f"{type(rule).__name__}: update_after={rule.update_after}, update_freq={rule.update_freq} give no update "
+            f"in a run of {total_steps} steps: its average would be the initial model. "
+            f"Choose update_after + update_freq <= {total_steps}."
+        )
+
+
+def tail(update: Update, read: Read) -> Read:
+    """The read coefficients of ``read`` after one more ``update``, in terms of the buffers before it: c ← cM, d ← d +
+    c·v.
+    """
+    size = range(len(read.buffers))
+    buffers = tuple(sum(read.buffers[i] * update.matrix[i][j] for i in size) for j in size)
+    return Read(buffers, read.live + sum(read.buffers[i] * update.live[i] for i in size))
+
+
+def trajectory_weights(rule: Rule, steps: ArrayLike, at: int | None = None) -> FloatArray:
+    """The weight that ``rule``'s average puts on each iterate of a trajectory: ``μ̂ = Σ_i w_i θ_{steps[i]}``.
+
+    Iterates are updates where ``rule`` makes one (``(t - update_after) mod update_freq = 0``) and are skipped
+    otherwise. The last one counts in any case: if the rule makes no update at ``at``, the weights are those of one
+    further update there.
+
+    Args:
+        rule: the averaging rule.
+        steps: shape (n,), the optimizer step of each iterate, strictly increasing; ``steps[0]`` is θ_0's.
+        at: the step at which the average is read, one of ``steps``; default the last.
+
+    Returns:
+        Shape (n,), float64, summing to 1. Weights may be negative (BEMA, OUEMA, DEMA) and are 0 after ``at``.
+
+    Raises:
+        ValueError: if ``steps`` is not increasing, ``at`` is not in it, or the rule has made no update by then.
+
+    Reference:
+        The filter of ``docs/design.md``; for BEMA, Block and Zhang, arXiv 2508.00180, Algorithm 1.
+
+    >>> from lagless import EMA
+    >>> trajectory_weights(EMA(decay=0.5), [0, 1, 2, 3]).tolist()
+    [0.125, 0.125, 0.25, 0.5]
+    """
+    times = _check_steps(steps)
+    end = len(times) - 1 if at is None else _index(times, at)
+    past = times[: end + 1]
+    weights = np.zeros(len(times))
+    if rule.timing.follows(past[-1]) or end == 0:
+        weights[end] = 1.0
+        return weights
+    updates = list(ticks(rule, past))
+    if not updates:
+        spacing = f"every {rule.update_freq} steps after step {rule.update_after}"
+        raise ValueError(
+            f"{type(rule).__name__} updates {spacing} and so not once among the {len(past)} steps {_short(past)}. "
+            f"Choose an update_freq that divides them, e.g. {common_update_freq(past, rule.update_after)}."
+        )
+    if updates[-1].step != past[-1]:
+        last = updates[-1]
+        updates.append(Tick(past[-1], last.step, last.number + 1))
+
+    index = {step: i for i, step in enumerate(past)}
+    coefficients = rule.read(updates[-1])
+    weights[end] = coefficients.live
+    for tick in reversed(updates):
+        before = tail(rule.update(tick), Read(coefficients.buffers, 0.0))
+        weights[index[tick.step]] += before.live
+        coefficients = before
+    weights[_origin(rule, past)] += sum(coefficients.buffers)
+    return weights
+
+
+def common_update_freq(steps: Sequence[int], update_after: int = 0) -> int:
+    """The largest update_freq with which a rule updates at every step after burn-in (``steps[0]``, θ_0's, aside).
+
+    >>> common_update_freq([0, 200, 300, 500])
+    100
+    """
+    after = [step - update_after for step in steps[1:] if step > update_after]
+    return int(np.gcd.reduce(after)) if after else 1
+
+
+def mean_age(weights: ArrayLike, steps: ArrayLike, at: int | None = None) -> float:
+    """How far an average trails behind, in optimizer steps: Σ_i w_i (T - t_i). The lag of an EMA on a linear drift is
+    this times the drift.
+
+    Args:
+        weights: shape (n,), from :func:`trajectory_weights`.
+        steps: shape (n,), the same steps.
+        at: T; default the last step.
+
+    >>> mean_age([0.25, 0.25, 0.5], [0, 10, 20])
+    7.5
+    """
+    times = np.asarray(steps, dtype=np.float64)
+    return float(np.asarray(weights, dtype=np.float64) @ ((times[-1] if at is None else at) - times))
+
+
+def effective_iterates(weights: ArrayLike) -> float:
+    """How many iterates an average amounts to against independent noise: 1 / Σ_i w_i².
+
+    >>> effective_iterates([0.25, 0.25, 0.25, 0.25])
+    4.0
+    """
+    w = np.asarray(weights, dtype=np.float64)
+    return float(1.0 / (w @ w))
+
+
+def weight_on_start(weights: ArrayLike) -> float:
+    """The weight left on θ_0; negative where a rule extrapolates away from it.
+
+    >>> weight_on_start([0.25, 0.75])
+    0.25
+    """
+    return float(np.asarray(weights, dtype=np.float64)[0])
+
+
+def _check_steps(steps: ArrayLike) -> list[int]:
+    times = np.asarray(steps)
+    if times.ndim != 1 or times.size == 0 or not np.issubdtype(times.dtype, np.integer):
+        raise ValueError(
+            f"steps must be a non-empty 1-D sequence of integers; got shape {times.shape}, dtype {times.dtype}."
+        )
+    gaps = np.diff(times)
+    if (gaps <= 0).any():
+        i = int(np.argmax(gaps <= 0))
+        raise ValueError(f"steps must be strictly increasing; {int(times[i])} is followed by {int(times[i + 1])}.")
+    if times[0] < 0:
+        raise ValueError(f"steps must be >= 0; the first is {int(times[0])}.")
+    return [int(t) for t in times]
+
+
+def _index(times: list[int], at: int) -> int:
+    if at not in times:
+        raise ValueError(f"at={at} is not one of the steps {_short(times)}.")
+    return times.index(at)
+
+
+def _short(times: Sequence[int]) -> str:
+    return ", ".join(map(str, times)) if len(times) <= 6 else f"{times[0]}, {times[1]}, ..., {times[-1]}"
+
+
+def _origin(rule: Rule, past: Sequence[int]) -> int:
+    """Index of the iterate that the buffers hold when burn-in ends: the last one followed, θ_0 if none was."""
+    followed = [i for i, step in enumerate(past) if i == 0 or rule.timing.follows(step)]
+    return followed[-1]

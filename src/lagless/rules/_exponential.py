@@ -1,0 +1,147 @@
+"""Exponential averages: EMA and DEMA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, fields
+
+from lagless._validation import check_number
+from lagless.rules._power import POWER_ARGUMENTS, check_power, power_gain
+from lagless.rules._rule import Average, Read, Rule, Update, lerp
+from lagless.schedules import ConstantGain, Gain, HalfLifeGain, ProfileGain, Tick
+
+
+@dataclass(frozen=True)
+class EMA(Rule):
+    """Exponential moving average of the iterates.
+
+    At every update, ``ema ← (1 - β) ema + β θ_t``, starting at ``ema = θ_0``. The gain β is set in one of four ways:
+
+    ====================== ===================================================================================
+    ``ema_power`` κ        β_t = max((ρ + γt)^-κ, floor), the default; κ = 1, ρ = γ = 1 is the uniform mean
+    ``decay``              β = 1 - decay at every update
+    ``half_life`` h        β = 1 - 2^(-Δ/h), h in optimizer steps, Δ the steps since the last update
+    ``half_life_fraction`` the half-life is that fraction of the steps so far: β = 1 - (t'/t)^(ln 2/f)
+    ====================== ===================================================================================
+
+    ``half_life`` and ``half_life_fraction`` mean the same for any ``update_freq``; ``decay`` and ``ema_power`` are
+    per update.
+
+    Args:
+        ema_power: κ ≥ 0; larger forgets more slowly. 0 is β = 1, no averaging.
+        multiplier: γ ≥ 0.
+        lag: ρ ≥ 0, the virtual age at t = 0.
+        update_after: τ ≥ 0, burn-in in optimizer steps.
+        update_freq: φ ≥ 1 optimizer steps.
+        min_ema_multiplier: floor on β_t, in [0, 1].
+        decay: in [0, 1).
+        half_life: in optimizer steps, > 0.
+        half_life_fraction: f in (0, 1).
+
+    Raises:
+        ValueError: if an argument is out of range, if β leaves (0, 1], or if β is set in two ways.
+
+    Reference:
+        Block and Zhang, *EMA Without the Lag*, arXiv 2508.00180, Algorithm 1 with α = 0 and Table 2. A half-life as a
+        fraction of the run follows torchtitan's ``half_life_fraction`` to first order in Δ/t.
+
+    >>> from lagless.schedules import Tick
+    >>> EMA(half_life=100).update(Tick(step=100, previous=0, number=1)).live
+    (0.5,)
+    """
+
+    ema_power: float = 0.5
+    multiplier: float = 1.0
+    lag: float = 10.0
+    update_after: int = 0
+    update_freq: int = 1
+    min_ema_multiplier: float = 0.0
+    decay: float | None = None
+    half_life: float | None = None
+    half_life_fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_power(self)
+        widths = [name for name in ("decay", "half_life", "half_life_fraction") if getattr(self, name) is not None]
+        changed = [f.name for f in fields(self) if f.name in POWER_ARGUMENTS and getattr(self, f.name) != f.default]
+        if len(widths) > 1 or (widths and changed):
+            raise ValueError(
+                f"EMA: {' and '.join(widths + changed)} each set the gain β; give one of decay, half_life, "
+                f"half_life_fraction, or the power form ({', '.join(POWER_ARGUMENTS)})."
+            )
+        if self.decay is not None:
+            check_number(self, "decay", minimum=0.0, below=1.0)
+        if self.half_life is not None:
+            check_number(self, "half_life", above=0.0, finite=True)
+        if self.half_life_fraction is not None:
+            check_number(self, "half_life_fraction", above=0.0, below=1.0)
+
+    @property
+    def gain(self) -> Gain:
+        """β as a function of the tick."""
+        if self.decay is not None:
+            return ConstantGain(self.decay)
+        if self.half_life is not None:
+            return HalfLifeGain(self.half_life)
+        if self.half_life_fraction is not None:
+            return ProfileGain(math.log(2.0) / self.half_life_fraction, self.update_after)
+        return power_gain(self)
+
+    @property
+    def labels(self) -> tuple[Hashable, ...]:
+        return (Average(self.gain, self.timing),)
+
+    def update(self, tick: Tick) -> Update:
+        return lerp(self.gain(tick))
+
+    def read(self, tick: Tick) -> Read:
+        return Read((1.0,), 0.0)
+
+
+@dataclass(frozen=True)
+class DEMA(Rule):
+    """Double exponential moving average: twice the EMA minus the EMA of the EMA.
+
+    At every update, with β_t as in :class:`EMA`'s power form,
+
+        e1 ← (1 - β) e1 + β θ_t        e2 ← (1 - β) e2 + β e1        μ̂ = 2 e1 - e2
+
+    Args:
+        ema_power: κ ≥ 0.
+        multiplier: γ ≥ 0.
+        lag: ρ ≥ 0.
+        update_after: τ ≥ 0, burn-in in optimizer steps.
+        update_freq: φ ≥ 1 optimizer steps.
+        min_ema_multiplier: floor on β_t, in [0, 1].
+
+    Raises:
+        ValueError: if an argument is out of range or β leaves (0, 1].
+
+    Reference:
+        Mulloy (1994); Block and Zhang, arXiv 2508.00180, App. D.
+    """
+
+    ema_power: float = 0.5
+    multiplier: float = 1.0
+    lag: float = 10.0
+    update_after: int = 0
+    update_freq: int = 400
+    min_ema_multiplier: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_power(self)
+
+    @property
+    def labels(self) -> tuple[Hashable, ...]:
+        first = Average(power_gain(self), self.timing)
+        return first, first._replace(source=first)
+
+    def update(self, tick: Tick) -> Update:
+        beta = power_gain(self)(tick)
+        return Update(((1.0 - beta, 0.0), (beta * (1.0 - beta), 1.0 - beta)), (beta, beta * beta))
+
+    def read(self, tick: Tick) -> Read:
+        return Read((2.0, -1.0), 0.0)

@@ -1,0 +1,72 @@
+"""The power form of the gain, β_t = (ρ + γt)^-κ, for the rules that take ``ema_power``, ``multiplier`` and ``lag``."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+from lagless._validation import check_number
+from lagless.schedules import Form, PowerClock, PowerGain, Tick
+
+POWER_ARGUMENTS: tuple[str, ...] = ("ema_power", "multiplier", "lag", "min_ema_multiplier")
+
+
+class PowerRule(Protocol):
+    """A rule with the arguments of the power form."""
+
+    @property
+    def ema_power(self) -> float:
+        """κ."""
+        ...
+
+    @property
+    def multiplier(self) -> float:
+        """γ."""
+        ...
+
+    @property
+    def lag(self) -> float:
+        """ρ."""
+        ...
+
+    @property
+    def min_ema_multiplier(self) -> float:
+        """Floor on β."""
+        ...
+
+    @property
+    def update_after(self) -> int:
+        """τ."""
+        ...
+
+    @property
+    def update_freq(self) -> int:
+        """φ."""
+        ...
+
+
+def power_clock(rule: PowerRule, form: Form = "algorithm_1") -> PowerClock:
+    """The clock whose powers are β and α."""
+    return PowerClock(rule.multiplier, rule.lag, rule.update_after, form)
+
+
+def power_gain(rule: PowerRule, form: Form = "algorithm_1") -> PowerGain:
+    """β as a function of the tick."""
+    return PowerGain(power_clock(rule, form), rule.ema_power, rule.min_ema_multiplier)
+
+
+def check_power(rule: PowerRule, form: Form = "algorithm_1") -> None:
+    """Require every power argument in range and β in (0, 1] at the first update, where it is largest."""
+    check_number(rule, "ema_power", minimum=0.0, finite=True)
+    check_number(rule, "multiplier", minimum=0.0, finite=True)
+    check_number(rule, "lag", minimum=0.0, finite=True)
+    check_number(rule, "min_ema_multiplier", minimum=0.0, maximum=1.0)
+    first = rule.update_after + rule.update_freq
+    base = rule.lag + rule.multiplier * first
+    beta = power_gain(rule, form)(Tick(first, rule.update_after, 1)) if base > 0.0 else math.inf
+    if not 0.0 < beta <= 1.0:
+        raise ValueError(
+            f"{type(rule).__name__}: ema_power={rule.ema_power}, multiplier={rule.multiplier}, lag={rule.lag} give "
+            f"β = {beta:g} at the first update (step {first}); β must lie in (0, 1]. Raise lag, so that "
+            "lag + multiplier * step is at least 1."
+        )

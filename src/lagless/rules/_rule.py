@@ -1,0 +1,98 @@
+"""What an averaging rule is: buffers that move by scalars, and an average read from them.
+
+A rule owns r buffers b. At an update they move by scalars that depend on the tick alone, and the average is an affine
+combination of them:
+
+    b ← M b + v θ_t        M lower triangular, rows of [M v] sum to 1
+    μ̂ = c·b + d θ_t        c·1 + d = 1
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from typing import NamedTuple
+
+from lagless._validation import check_integer
+from lagless.schedules import Gain, Tick, Timing
+
+Row = tuple[float, ...]
+
+
+class Update(NamedTuple):
+    """``b ← M b + v θ_t``: ``matrix`` is M (r rows of r numbers), ``live`` is v (r numbers)."""
+
+    matrix: tuple[Row, ...]
+    live: Row
+
+
+class Read(NamedTuple):
+    """``μ̂ = c·b + d θ_t``: ``buffers`` is c (r numbers), ``live`` is d."""
+
+    buffers: Row
+    live: float
+
+
+class Start(NamedTuple):
+    """Label of a buffer that holds θ_0 (refreshed by burn-in)."""
+
+    update_after: int
+    hold: bool
+
+
+class Average(NamedTuple):
+    """Label of a buffer that holds the EMA of ``source`` (None: of the iterates) with the given gain and timing."""
+
+    gain: Gain
+    timing: Timing
+    source: Hashable = None
+
+
+class Snapshot(NamedTuple):
+    """Label of a buffer that holds one of the last ``window`` iterates."""
+
+    slot: int
+    window: int
+    timing: Timing
+
+
+class Rule(ABC):
+    """What every averaging rule is: hyperparameters, buffers, coefficients.
+
+    To write a rule of your own, subclass with a frozen dataclass and give ``labels``, ``update`` and ``read``; then run
+    ``lagless.testing.check_rule`` on it.
+
+    Attributes:
+        update_after: τ, burn-in in optimizer steps, ≥ 0.
+        update_freq: φ, optimizer steps from one update to the next, ≥ 1.
+    """
+
+    update_after: int
+    update_freq: int
+
+    def __post_init__(self) -> None:
+        check_integer(self, "update_after", minimum=0)
+        check_integer(self, "update_freq", minimum=1)
+
+    @property
+    def timing(self) -> Timing:
+        """When this rule follows, updates and rests."""
+        return Timing(self.update_after, self.update_freq)
+
+    @property
+    @abstractmethod
+    def labels(self) -> tuple[Hashable, ...]:
+        """One label per buffer; buffers of different rules with equal labels have equal contents and are shared."""
+
+    @abstractmethod
+    def update(self, tick: Tick) -> Update:
+        """The coefficients M and v of the update ``tick``."""
+
+    @abstractmethod
+    def read(self, tick: Tick) -> Read:
+        """The coefficients c and d of a read right after the update ``tick``."""
+
+
+def lerp(beta: float) -> Update:
+    """The update of a single buffer towards the iterate: (1 - β) b + β θ."""
+    return Update(((1.0 - beta,),), (beta,))

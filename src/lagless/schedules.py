@@ -1,0 +1,154 @@
+"""When a rule updates, and with which gain β.
+
+A gain is the weight a new iterate gets at an update, ``ema ← (1-β) ema + β θ_t``. Conventions elsewhere: *decay* is
+1-β; a *half-life* h in steps is β = 1 - 2^(-Δ/h) for an update Δ steps after the last one. Every gain here lies in
+(0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+Form = Literal["algorithm_1", "trl", "offline", "online"]
+FORMS: tuple[Form, ...] = ("algorithm_1", "trl", "offline", "online")
+
+
+class Tick(NamedTuple):
+    """One update, as a rule sees it.
+
+    Attributes:
+        step: t, the optimizer step of this update (1-based).
+        previous: the step of the update before it; the end of burn-in for the first one.
+        number: k, how many updates there are up to and including this one.
+    """
+
+    step: int
+    previous: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When buffers follow the live weights, when they are updated, when they rest.
+
+    Attributes:
+        update_after: τ, burn-in in optimizer steps.
+        update_freq: φ, optimizer steps from one update to the next.
+        hold: during burn-in keep θ_0 and refresh it once, at t = τ, instead of following the live weights.
+    """
+
+    update_after: int
+    update_freq: int
+    hold: bool = False
+
+    def follows(self, step: int) -> bool:
+        """Whether buffers are set to the live weights at ``step``: t ≤ τ (t = τ only, with ``hold``)."""
+        return step == self.update_after if self.hold else step <= self.update_after
+
+    def updates(self, step: int) -> bool:
+        """Whether ``step`` is an update: t > τ and (t - τ) mod φ = 0."""
+        return step > self.update_after and (step - self.update_after) % self.update_freq == 0
+
+
+class Gain(Protocol):
+    """β as a function of the tick; hashable, so that equal schedules can be recognised."""
+
+    def __call__(self, tick: Tick) -> float:
+        """The gain β in (0, 1] of the update ``tick``."""
+        ...
+
+
+@dataclass(frozen=True)
+class PowerClock:
+    """The base whose powers are β (exponent κ) and α (exponent η); the published forms differ in it.
+
+    ========== ============================== =======================
+    form       β                              α
+    ========== ============================== =======================
+    algorithm_1, trl  (ρ + γt)^-κ             (ρ + γt)^-η
+    offline    (1 + γs)^-κ, s = max(t-τ+ρ, 1) (1 + s)^-η
+    online     γ(1 + s)^-κ, s = max(0, t-ρ)   γ(1 + s)^-η
+    ========== ============================== =======================
+    """
+
+    multiplier: float
+    lag: float
+    update_after: int
+    form: Form = "algorithm_1"
+
+    def beta(self, step: int, power: float) -> float:
+        """β_t before any floor."""
+        if self.form == "offline":
+            return (1.0 + self.multiplier * max(step - self.update_after + self.lag, 1.0)) ** -power
+        if self.form == "online":
+            return self.multiplier * (1.0 + max(0.0, step - self.lag)) ** -power
+        return (self.lag + self.multiplier * step) ** -power
+
+    def alpha(self, step: int, power: float) -> float:
+        """α_t; 0 for an infinite power, also where the base is 1."""
+        if math.isinf(power):
+            return 0.0
+        if self.form == "offline":
+            return (1.0 + max(step - self.update_after + self.lag, 1.0)) ** -power
+        return self.beta(step, power)
+
+
+@dataclass(frozen=True)
+class PowerGain:
+    """β_t = max((ρ + γt)^-κ, floor): the gain of Algorithm 1."""
+
+    clock: PowerClock
+    power: float
+    floor: float
+
+    def __call__(self, tick: Tick) -> float:
+        """See the class."""
+        return max(self.clock.beta(tick.step, self.power), self.floor)
+
+
+@dataclass(frozen=True)
+class ConstantGain:
+    """β = 1 - decay at every update, however far apart updates are."""
+
+    decay: float
+
+    def __call__(self, tick: Tick) -> float:
+        """See the class."""
+        return 1.0 - self.decay
+
+
+@dataclass(frozen=True)
+class HalfLifeGain:
+    """β = 1 - 2^(-Δ/h), Δ the steps since the last update: the same average in time for any update_freq."""
+
+    half_life: float
+
+    def __call__(self, tick: Tick) -> float:
+        """See the class."""
+        return -math.expm1(-math.log(2.0) * (tick.step - tick.previous) / self.half_life)
+
+
+@dataclass(frozen=True)
+class ProfileGain:
+    """β = 1 - (t'/t)^p with t', t counted from burn-in: weights proportional to t^(p-1), for any update_freq.
+
+    The product of (t'/t)^p over any chain of updates depends on its ends alone, hence the independence of update_freq.
+    """
+
+    exponent: float
+    update_after: int
+
+    def __call__(self, tick: Tick) -> float:
+        """See the class."""
+        return 1.0 - ((tick.previous - self.update_after) / (tick.step - self.update_after)) ** self.exponent
+
+
+@dataclass(frozen=True)
+class UniformGain:
+    """β = 1/(k+1): the plain mean of θ_0 and the k iterates since (Polyak-Ruppert)."""
+
+    def __call__(self, tick: Tick) -> float:
+        """See the class."""
+        return 1.0 / (tick.number + 1)
