@@ -66,12 +66,10 @@ def _entries(source: Source) -> Iterator[tuple[str, _Getter]]:
     if isinstance(source, nn.Module):
         yield from _module_entries(source)
         return
-    pairs: Iterable[tuple[str, Tensor]] = source.items() if isinstance(source, Mapping) else source
-    for name, tensor in pairs:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"{name!r} is a {type(tensor).__name__}; pass a module or named tensors, e.g. model.named_parameters()."
-            )
+    for pair in source.items() if isinstance(source, Mapping) else source:
+        name, tensor = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, pair)
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(f"{pair!r} is not a named tensor; pass a module or model.named_parameters().")
         if tensor.is_floating_point():
             yield name, lambda tensor=tensor: tensor
 

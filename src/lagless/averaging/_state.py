@@ -48,14 +48,10 @@ def load_file(path: str | PathLike[str]) -> State:
         with safetensors.safe_open(path, "pt") as file:
             meta = (file.metadata() or {}).get(_KEY)
             if meta is None:
-                raise ValueError(
-                    f"{path} is a safetensors file, but not an Averager's state (it lacks '{_KEY}' metadata)."
-                )
+                raise ValueError(f"{path} is not an Averager's state; give the file that Averager.save wrote.")
             return {"tensors": {name: file.get_tensor(name) for name in file.keys()}, "meta": json.loads(meta)}
     except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); go back to an earlier checkpoint."
-        ) from error
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); use an earlier checkpoint.") from error
 
 
 def check_same(state: State, expected: State) -> None:
@@ -67,7 +63,7 @@ def check_same(state: State, expected: State) -> None:
     meta, wanted = state["meta"], expected["meta"]
     if meta.get("format") != FORMAT:
         raise ValueError(
-            f"averager state has format {meta.get('format')!r}, this lagless reads {FORMAT}; update lagless."
+            f"averager state has format {meta.get('format')!r}; this lagless reads {FORMAT}. Update lagless."
         )
     if meta["rules"] != wanted["rules"]:
         raise ValueError(

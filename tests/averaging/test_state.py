@@ -1,0 +1,129 @@
+"""Saving and resuming, and what is refused."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from lagless import BEMA, DEMA, EMA, Averager, WindowAverage
+
+RULES = {
+    "bema": BEMA(update_freq=2),
+    "ema": EMA(decay=0.9),
+    "dema": DEMA(update_freq=3),
+    "lawa": WindowAverage(window=2),
+}
+
+
+def step(weights, n):
+    generator = torch.Generator().manual_seed(n)
+    for tensor in weights.values():
+        tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+
+
+@pytest.mark.parametrize("storage", [None, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_resumed_equals_never_stopped_through_a_file(tmp_path, stop, storage):
+    def run(interrupt):
+        weights = {"a": torch.ones(40, dtype=torch.bfloat16), "b": torch.zeros(3, 4)}
+        averager = Averager(weights, RULES, dtype=storage)
+        for n in range(1, 11):
+            step(weights, n)
+            averager.update()
+            if interrupt and n == stop:
+                averager.save(tmp_path / "averager.safetensors")
+                averager = Averager(weights, RULES, dtype=storage)
+                averager.load(tmp_path / "averager.safetensors")
+        return {name: averager.read(name) for name in RULES}
+
+    whole, resumed = run(False), run(True)
+    assert all(torch.equal(whole[r][k], resumed[r][k]) for r in RULES for k in ("a", "b"))
+
+
+def test_state_is_tensors_and_plain_json(tmp_path):
+    averager = Averager({"a": torch.ones(2)}, RULES)
+    averager.update()
+    state = averager.state_dict()
+    assert json.loads(json.dumps(state["meta"], allow_nan=False)) == state["meta"]
+    assert set(state["tensors"]) >= {"bema.0/a", "bema.1/a", "ema.0/a"}
+    torch.save(state, tmp_path / "state.pt")
+    again = torch.load(tmp_path / "state.pt", weights_only=True)
+    Averager({"a": torch.ones(2)}, RULES).load_state_dict(again)
+
+
+def test_averages_keep_their_dtype_through_save_and_load(tmp_path):
+    averager = Averager({"a": torch.ones(2, dtype=torch.bfloat16)}, BEMA(update_freq=1))
+    averager.update()
+    averager.save(tmp_path / "s.safetensors")
+    averager.load(tmp_path / "s.safetensors")
+    dtypes = {name: tensor.dtype for name, tensor in averager.state_dict()["tensors"].items()}
+    assert dtypes == {"bema.0/a": torch.bfloat16, "bema.1/a": torch.float32}
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (
+            lambda: Averager({"a": torch.ones(2)}, EMA(decay=0.5)),
+            "was made with rules .*'decay': 0.9.*start new averages",
+        ),
+        (lambda: Averager({"a": torch.ones(2)}, {"x": EMA(decay=0.9)}), "was made with rules"),
+        (
+            lambda: Averager({"b": torch.ones(2)}, EMA(decay=0.9)),
+            r"1 missing \['ema.0/b'\], 1 unexpected \['ema.0/a'\]",
+        ),
+        (lambda: Averager({"a": torch.ones(3)}, EMA(decay=0.9)), r"ema.0/a is torch.float32 \(2,\), .*\(3,\)"),
+        (lambda: Averager({"a": torch.ones(2)}, EMA(decay=0.9), dtype=torch.bfloat16), "same dtype argument"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(other, message):
+    source = Averager({"a": torch.ones(2)}, EMA(decay=0.9))
+    source.update()
+    target = other()
+    before = copy.deepcopy(target.state_dict())
+    with pytest.raises(ValueError, match=message):
+        target.load_state_dict(source.state_dict())
+    after = target.state_dict()
+    assert after["meta"] == before["meta"]
+    assert all(torch.equal(t, after["tensors"][n]) for n, t in before["tensors"].items())
+
+
+def test_future_format_is_refused():
+    averager = Averager({"a": torch.ones(2)}, EMA())
+    state = averager.state_dict()
+    state["meta"]["format"] = 99
+    with pytest.raises(ValueError, match="format 99; this lagless reads 1. Update lagless"):
+        averager.load_state_dict(state)
+
+
+def test_bad_files(tmp_path):
+    averager = Averager({"a": torch.ones(200)}, EMA())
+    averager.save(tmp_path / "good.safetensors")
+    with pytest.raises(FileNotFoundError, match="no averager state at"):
+        averager.load(tmp_path / "none.safetensors")
+    data = (tmp_path / "good.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[:-20])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        averager.load(tmp_path / "cut.safetensors")
+    import safetensors.torch
+
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="is not an Averager's state"):
+        averager.load(tmp_path / "model.safetensors")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    averager = Averager({"a": torch.ones(2)}, EMA())
+    path = tmp_path / "s.safetensors"
+    averager.save(path)
+    old = path.read_bytes()
+
+    def fail(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        averager.save(path)
+    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]

@@ -1,0 +1,108 @@
+"""Low-precision storage, and the compiled update."""
+
+import math
+
+import pytest
+import torch
+
+from lagless import BEMA, DEMA, EMA, OUEMA, Averager
+from lagless.averaging import _bank, _fused
+from lagless.averaging._rounding import stochastic_round_
+
+
+def test_bfloat16_average_with_a_long_memory_moves():
+    # 3,000 updates toward +10 % at decay .999 close 95 % of the gap; round-to-nearest closes none of it.
+    start, gap = torch.ones(4096, dtype=torch.bfloat16), 0.1
+    weights = {"w": start.clone()}
+    averager = Averager(weights, EMA(decay=0.999), dtype=torch.bfloat16)
+    nearest = start.clone()
+    weights["w"].fill_(1.0 + gap)
+    target = weights["w"].float().mean().item()
+    for _ in range(3000):
+        averager.update()
+        nearest.lerp_(weights["w"], 0.001)
+    assert averager.state_dict()["tensors"]["ema.0/w"].dtype == torch.bfloat16
+    assert torch.equal(nearest, start)
+    expected = target + (1.0 - target) * 0.999**3000
+    # Each element ends with rounding noise of a few units in the last place (2^-7); the mean of 4096 is 64 times finer.
+    mean = averager.read()["w"].mean().item()
+    assert abs(mean - expected) < 5 * 2**-7 / math.sqrt(4096)
+
+
+def test_stochastic_rounding_is_unbiased():
+    values = torch.tensor([1.0 + 2**-9, -3.1415926, 1e-20, 6.5e4, -0.0, 1.0])
+    n = 40_000
+    target = torch.empty(n, len(values), dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    stochastic_round_(target, values.repeat(n, 1), generator)
+    rounded = target.double()
+    spread = rounded.std(dim=0, unbiased=True) / math.sqrt(n)
+    z = (rounded.mean(dim=0) - values.double()).abs() / spread.clamp(min=1e-300)
+    exact = values.to(torch.bfloat16).double() == values.double()
+    assert torch.all(z[~exact] < 4.5), "z-bound 4.5 on three inexact values"
+    assert torch.equal(rounded[:, exact], values.double()[exact].expand(n, -1))
+
+
+def test_stochastic_rounding_keeps_infinities_and_nan():
+    values = torch.tensor([math.inf, -math.inf, math.nan])
+    target = torch.empty(3, dtype=torch.bfloat16)
+    stochastic_round_(target, values.clone(), torch.Generator().manual_seed(0))
+    assert torch.equal(target[:2], values[:2].bfloat16()) and torch.isnan(target[2])
+
+
+def test_noise_differs_between_steps_and_seeds():
+    def average(seed):
+        weights = {"w": torch.zeros(1000)}
+        averager = Averager(weights, EMA(decay=0.9), dtype=torch.bfloat16, seed=seed)
+        weights["w"].fill_(1.003)
+        states = []
+        for _ in range(2):
+            averager.update()
+            states.append(averager.state_dict()["tensors"]["ema.0/w"].clone())
+        return states
+
+    a, b = average(0), average(1)
+    assert not torch.equal(a[0], b[0])
+    assert torch.equal(a[0], average(0)[0]) and torch.equal(a[1], average(0)[1])
+
+
+def test_float32_average_of_bfloat16_parameters():
+    weights = {"w": torch.ones(64, dtype=torch.bfloat16)}
+    averager = Averager(weights, EMA(decay=0.999))
+    weights["w"].fill_(1.5)
+    for _ in range(10):
+        averager.update()
+    torch.testing.assert_close(averager.read()["w"], torch.full((64,), 1.5 - 0.5 * 0.999**10))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_update_equals_the_eager_one(dtype):
+    rules = {"a": BEMA(update_freq=1), "b": EMA(decay=0.9), "d": DEMA(update_freq=1), "o": OUEMA(update_freq=1)}
+    weights = {"big": torch.randn(_fused.SMALLEST + 3).to(dtype), "small": torch.randn(5).to(dtype)}
+    eager, compiled = Averager(weights, rules), Averager(weights, rules, compile=True)
+    for n in range(3):
+        weights["big"].add_(0.5 - n)
+        eager.update()
+        compiled.update()
+    for name in rules:
+        for key in weights:
+            torch.testing.assert_close(compiled.read(name)[key], eager.read(name)[key], rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_update_does_not_recompile_when_numbers_change():
+    weights = {"big": torch.randn(_fused.SMALLEST), "bigger": torch.randn(2 * _fused.SMALLEST)}
+    averager = Averager(weights, {"a": EMA(), "b": EMA(ema_power=0.2)}, compile=True)
+    averager.update()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(5):
+            averager.update()
+
+
+def test_blocks_cover_every_element_once():
+    live = [torch.arange(n, dtype=torch.float32) for n in (1, _bank._CPU_BLOCK - 1, 3, 2 * _bank._CPU_BLOCK + 7, 0)]
+    blocks = _bank._cut(live, [live], compile=False)
+    assert sum(p.numel() for block in blocks for p in block.live) == sum(t.numel() for t in live)
+    assert all(sum(p.numel() for p in block.live) <= _bank._CPU_BLOCK for block in blocks)
+    for block in blocks:
+        for a, b in zip(block.live, block.buffers[0], strict=True):
+            assert a.data_ptr() == b.data_ptr() and a.shape == b.shape
