@@ -13,6 +13,7 @@ from lagless.rules._rule import Rule as Rule
 from lagless.rules._rule import Snapshot as Snapshot
 from lagless.rules._rule import Start as Start
 from lagless.rules._rule import Update as Update
+from lagless.rules._settings import rules_from_settings as rules_from_settings
 from lagless.rules._windows import PowerEMA as PowerEMA
 from lagless.rules._windows import UniformAverage as UniformAverage
 from lagless.rules._windows import WindowAverage as WindowAverage

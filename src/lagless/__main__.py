@@ -1,0 +1,6 @@
+"""``python -m lagless`` is ``lagless``."""
+
+from lagless.cli import main
+
+if __name__ == "__main__":
+    main()
