@@ -6,6 +6,7 @@
 1.0
 """
 
+from lagless._version import __version__ as __version__
 from lagless.averaging import Averager as Averager
 from lagless.filters import (
     count_updates as count_updates,
@@ -32,5 +33,3 @@ from lagless.rules import PowerEMA as PowerEMA
 from lagless.rules import Rule as Rule
 from lagless.rules import UniformAverage as UniformAverage
 from lagless.rules import WindowAverage as WindowAverage
-
-__version__ = "0.1.0"

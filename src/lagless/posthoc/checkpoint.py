@@ -40,7 +40,13 @@ class Checkpoint:
         is_adapter: whether these are the weights of a PEFT adapter.
     """
 
-    def __init__(self, path: Path, places: Mapping[str, tuple[TensorInfo, FilePlace | TensorPlace]], files: list[Path], is_adapter: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        places: Mapping[str, tuple[TensorInfo, FilePlace | TensorPlace]],
+        files: list[Path],
+        is_adapter: bool,
+    ) -> None:
         self.path = path
         self.files = tuple(files)
         self.is_adapter = is_adapter
@@ -67,10 +73,12 @@ class Checkpoint:
         return self._places[name].open(keep_open)
 
     def read_range(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements ``start`` to ``stop`` of the flattened tensor ``name``, in its stored type. Reads those bytes alone."""
+        """Elements ``start`` to ``stop`` of the flattened tensor ``name``; reads those bytes alone."""
         info = self.tensors[name]
         if not 0 <= start <= stop <= info.numel:
-            raise ValueError(f"read_range: [{start}, {stop}) is not a range of tensor {name!r}, which has {info.numel} elements.")
+            raise ValueError(
+                f"read_range: [{start}, {stop}) is not a range of tensor {name!r}, which has {info.numel} elements."
+            )
         out = torch.empty(stop - start, dtype=info.dtype)
         with self.reader(name) as reader:
             reader.read(start * info.dtype.itemsize, byte_view(out))
@@ -89,7 +97,9 @@ class Checkpoint:
         """
         for path, before, now in zip(self.files, self._stamps, self._stamp(), strict=True):
             if before != now:
-                raise CheckpointError(f"{path} changed while it was being read. Wait until it is written, then start again.")
+                raise CheckpointError(
+                    f"{path} changed while it was being read. Wait until it is written, then start again."
+                )
 
     def _stamp(self) -> list[tuple[int, int] | None]:
         return [(path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None for path in self.files]
@@ -99,11 +109,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a stored checkpoint without reading its weights.
 
     Args:
-        path: a folder with ``model.safetensors``, ``adapter_model.safetensors``, ``pytorch_model.bin`` or ``adapter_model.bin``, or with the
-            index and shards of one of the first two kinds; or one ``.safetensors``, ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` file.
+        path: a folder with ``model.safetensors``, ``adapter_model.safetensors``, ``pytorch_model.bin`` or
+            ``adapter_model.bin``, or with the index and shards of one of the first two kinds; or one ``.safetensors``,
+            ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` file.
 
     Raises:
-        CheckpointError: if there are no weights, several candidates, a missing shard, a damaged file, or a type that cannot be averaged.
+        CheckpointError: if there are no weights, several candidates, a missing shard, a damaged file, or a type that
+            cannot be averaged.
     """
     path = Path(path)
     main = _main_file(path) if path.is_dir() else path
@@ -127,18 +139,27 @@ def holds_weights(folder: Path) -> bool:
 
 
 def _main_file(folder: Path) -> Path:
-    model, adapter = ([folder / name for name in names if (folder / name).exists()] for names in (WEIGHT_FILES, ADAPTER_FILES))
+    model, adapter = (
+        [folder / name for name in names if (folder / name).exists()] for names in (WEIGHT_FILES, ADAPTER_FILES)
+    )
     if model and adapter:
-        raise CheckpointError(f"{folder}: has both {model[0].name} and {adapter[0].name}. Give the file that is meant instead of the folder.")
+        raise CheckpointError(
+            f"{folder}: has both {model[0].name} and {adapter[0].name}. Give the file that is meant instead of the "
+            "folder."
+        )
     if model or adapter:
         return (model or adapter)[0]
     names = sorted(entry.name for entry in folder.iterdir())
-    others = [name for name in names if name.endswith(SUFFIXES) and not _NOT_WEIGHTS.search(name) and (folder / name).is_file()]
+    others = [
+        name
+        for name in names
+        if name.endswith(SUFFIXES) and not _NOT_WEIGHTS.search(name) and (folder / name).is_file()
+    ]
     if len(others) == 1 and "-of-" not in others[0]:
         return folder / others[0]
     raise CheckpointError(
-        f"{folder}: no weights found. Looked for {', '.join((*WEIGHT_FILES, *ADAPTER_FILES))}, or one file *{', *'.join(SUFFIXES)}; "
-        f"found {_listing(names)}. {_advice(names, others)}"
+        f"{folder}: no weights found. Looked for {', '.join((*WEIGHT_FILES, *ADAPTER_FILES))}, or one file "
+        f"*{', *'.join(SUFFIXES)}; found {_listing(names)}. {_advice(names, others)}"
     )
 
 
@@ -164,7 +185,9 @@ def _open_file(path: Path) -> dict[str, tuple[TensorInfo, FilePlace | TensorPlac
     if path.suffix in TORCH_SUFFIXES:
         mapped = load_mapped(path)
         return {name: (TensorInfo(t.dtype, tuple(t.shape)), TensorPlace(path, t)) for name, t in mapped.items()}
-    raise CheckpointError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}. Convert the weights to safetensors.")
+    raise CheckpointError(
+        f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}. Convert the weights to safetensors."
+    )
 
 
 def _open_shards(index: Path) -> tuple[dict[str, tuple[TensorInfo, FilePlace | TensorPlace]], list[Path]]:
@@ -172,14 +195,16 @@ def _open_shards(index: Path) -> tuple[dict[str, tuple[TensorInfo, FilePlace | T
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{file}: this shard is missing, {index.name} lists it. Copy the checkpoint again, or leave it out.")
+            raise CheckpointError(
+                f"{file}: this shard is missing, {index.name} lists it. Copy the checkpoint again, or leave it out."
+            )
     shards = {file.name: _open_file(file) for file in files}
     places = {}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise CheckpointError(
-                f"{index.parent / shard}: has no tensor {name!r}, which {index.name} places in it. The shards and the index are not of one save: "
-                "copy the checkpoint again."
+                f"{index.parent / shard}: has no tensor {name!r}, which {index.name} places in it. The shards and the "
+                "index are not of one save: copy the checkpoint again."
             )
         places[name] = shards[shard][name]
     return places, files
@@ -188,11 +213,18 @@ def _open_shards(index: Path) -> tuple[dict[str, tuple[TensorInfo, FilePlace | T
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        good = isinstance(found, dict) and all(isinstance(file, str) and Path(file).name == file for file in found.values())
+        good = isinstance(found, dict) and all(
+            isinstance(file, str) and Path(file).name == file for file in found.values()
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index}: not an index of shards ({error!r}). Copy the checkpoint again, or leave it out.") from error
+        raise CheckpointError(
+            f"{index}: not an index of shards ({error!r}). Copy the checkpoint again, or leave it out."
+        ) from error
     if not good:
-        raise CheckpointError(f"{index}: weight_map must give each tensor a file beside the index. Copy the checkpoint again, or leave it out.")
+        raise CheckpointError(
+            f"{index}: weight_map must give each tensor a file beside the index. Copy the checkpoint again, or leave "
+            "it out."
+        )
     return found
 
 
@@ -203,5 +235,6 @@ def _refuse_quantized(config: Path) -> None:
         return
     if quantized:
         raise CheckpointError(
-            f"{config}: the weights are quantized (quantization_config); an average of codes means nothing. Dequantize the checkpoints first."
+            f"{config}: the weights are quantized (quantization_config); an average of codes means nothing. "
+            "Dequantize the checkpoints first."
         )

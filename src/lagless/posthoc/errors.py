@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class CheckpointError(Exception):
-    """A checkpoint, a run folder or an output folder cannot be used; the message names the file, the cause and the remedy."""
+    """A checkpoint or folder cannot be used; the message names the file, the cause and the remedy."""

@@ -41,6 +41,6 @@ def fingerprint(checkpoint: str | os.PathLike[str] | Checkpoint) -> str:
             for start in range(0, info.nbytes, _CHUNK):
                 part = buffer[: min(_CHUNK, info.nbytes - start)]
                 reader.read(start, part)
-                digest.update(part)
+                digest.update(part.data)
         digests[name] = digest.hexdigest()
     return combine_digests(opened.tensors, digests)

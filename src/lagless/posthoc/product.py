@@ -1,7 +1,8 @@
 """The streamed product W (G×N) · Θ (N×P): G averages of N checkpoints in one pass over their bytes, in bounded memory.
 
-For each tensor, range by range of C elements: read that range from every checkpoint (N×C), multiply (G×N)·(N×C), hand the result to the consumer.
-Worker threads take whole tensors, the largest first; reading, multiplying and hashing all release the interpreter's lock.
+For each tensor, range by range of C elements: read that range from every checkpoint (N×C), multiply (G×N)·(N×C), hand
+the result to the consumer. Worker threads take whole tensors, the largest first; reading, multiplying and hashing all
+release the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from typing import Literal, Protocol
@@ -20,18 +21,18 @@ import xxhash
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from lagless.posthoc.blocks import WIDEST, Workspace, block_width, covering_rows
 from lagless.posthoc.checkpoint import Checkpoint
 from lagless.posthoc.errors import CheckpointError
 from lagless.posthoc.fingerprint import combine_digests
-from lagless.posthoc.readers import Reader, byte_view
-from lagless.posthoc.safetensors_format import TensorInfo
+from lagless.posthoc.readers import Reader
 
 Accumulate = Literal["float32", "float64"]
 Progress = Callable[[int, int], None]
 
 _WORKERS = 8  # more do not read faster
 _OPEN_FILES = 256  # well below the usual limit of 1024 per process
-_WORKSPACE = 8 << 20  # bytes per worker at which blocks stay in cache and calls are few; measured, see benchmarks/checkpoints.py
+_WORKSPACE = 8 << 20  # bytes per worker at which blocks stay in cache and calls are few; measured on 2 cores
 _SHORTEST = 1 << 15  # elements; shorter reads cost more in calls than they gain in cache
 
 
@@ -44,8 +45,8 @@ class Consumer(Protocol):
         Args:
             name: the tensor.
             start: the element at which the range begins.
-            block: shape (G, C), one row per average; reused after the call returns, so copy what is to be kept. Integer and boolean tensors
-                arrive in their own type, the same values in every row.
+            block: shape (G, C), one row per average; reused after the call returns, so copy what is to be kept. Integer
+                and boolean tensors arrive in their own type, the same values in every row.
         """
         ...
 
@@ -65,13 +66,15 @@ def stream_product(
 
     Args:
         checkpoints: N checkpoints with the same tensors.
-        weights: shape (G, N). A checkpoint whose weight is 0 in every row is not read.
-        consumer: called with ranges of the result as they become known; see :class:`Consumer`. Tensors without elements are left out.
-        accumulate: the type in which floating-point tensors are summed; tensors stored in float64 are always summed in float64. Integer and
-            boolean tensors are taken from the last checkpoint that is read.
-        memory: the most bytes to use for buffers.
+        weights: shape (G, N), or (N,) for one average. A checkpoint whose weight is 0 in every row is not read.
+        consumer: called with ranges of the result as they become known; see :class:`Consumer`. Tensors without elements
+            are left out.
+        accumulate: the type in which floating-point tensors are summed; tensors stored in float64 are always summed in
+            float64. Integer and boolean tensors are taken from the last checkpoint that is read.
+        memory: the most bytes to use for buffers. (Mapped pages of torch files come on top; the system reclaims them.)
         workers: threads; by default one per processor, at most 8.
-        allow_nonfinite: average NaN and infinity as they are, instead of refusing them. They reach every row, also where the weight is 0.
+        allow_nonfinite: average NaN and infinity as they are, instead of refusing them. They reach every row, also
+            where the weight is 0.
         progress: called with the bytes read so far and in all, one call at a time.
 
     Returns:
@@ -81,20 +84,24 @@ def stream_product(
         CheckpointError: if a value is not finite, or a file fails or changes while it is read.
         ValueError: if the shape of ``weights``, ``accumulate``, ``memory`` or ``workers`` do not fit.
     """
-    matrix = _check_weights(weights, len(checkpoints))
+    matrix = check_weights(weights, len(checkpoints))
     used = [i for i in range(len(checkpoints)) if (matrix[:, i] != 0.0).any()]
-    workers = min(os.cpu_count() or 1, _WORKERS) if workers is None else workers
+    workers = _default_workers() if workers is None else workers
     if accumulate not in ("float32", "float64"):
         raise ValueError(f"accumulate={accumulate!r}; it must be 'float32' or 'float64'.")
     if workers < 1:
         raise ValueError(f"workers={workers}; it must be at least 1.")
     sources = [checkpoints[i] for i in used]
-    product = _Product(sources, np.ascontiguousarray(matrix[:, used]), consumer, accumulate, memory, workers, allow_nonfinite, progress)
+    product = _Product(
+        sources, np.ascontiguousarray(matrix[:, used]), consumer, accumulate, memory, workers, allow_nonfinite, progress
+    )
     product.run()
     fingerprints: list[str | None] = [None] * len(checkpoints)
     for row, i in enumerate(used):
         checkpoints[i].check_unchanged()
-        fingerprints[i] = combine_digests(checkpoints[i].tensors, {name: found[row] for name, found in product.digests.items()})
+        fingerprints[i] = combine_digests(
+            checkpoints[i].tensors, {name: found[row] for name, found in product.digests.items()}
+        )
     return fingerprints
 
 
@@ -112,69 +119,134 @@ class _Product:
         allow_nonfinite: bool,
         progress: Progress | None,
     ) -> None:
-        self.sources, self.consumer, self.workers, self.allow_nonfinite = sources, consumer, workers, allow_nonfinite
-        self.weights = weights
-        self.tensors = sources[-1].tensors
         self.digests: dict[str, list[str]] = {}
-        self.stop = threading.Event()
-        self._progress, self._lock, self._done, self._total = progress, threading.Lock(), 0, sum(c.nbytes for c in sources)
-        self._queue = deque(sorted(self.tensors, key=lambda name: -self.tensors[name].nbytes))
-        self._types = {name: _sum_type([c.tensors[name].dtype for c in sources], getattr(torch, accumulate)) for name in self.tensors}
-        self.width = _block_width(set(self._types.values()), *weights.shape, memory // workers)
-        self._checked = _covering_rows(weights)
+        self._sources, self._weights, self._consumer, self._workers = sources, weights, consumer, workers
+        self._checked = [] if allow_nonfinite else covering_rows(weights)
+        self._tensors = sources[-1].tensors
+        self._queue = deque(sorted(self._tensors, key=lambda name: self._tensors[name].nbytes, reverse=True))
+        self._types = {name: _sum_type([c.tensors[name].dtype for c in sources], accumulate) for name in self._tensors}
+        sum_bytes = sum(dtype.itemsize for dtype in set(self._types.values()) if dtype is not None)
+        rows, columns = weights.shape
+        self._width = block_width(rows, columns, sum_bytes, memory // workers, _WORKSPACE, _SHORTEST)
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._progress, self._done, self._total = progress, 0, sum(c.nbytes for c in sources)
 
     def run(self) -> None:
         """Process all tensors; the first error of a worker stops the others."""
-        with _one_thread_per_operation(), ThreadPoolExecutor(self.workers, thread_name_prefix="lagless-product") as pool:
+        with (
+            _one_thread_per_operation(),
+            ThreadPoolExecutor(self._workers, thread_name_prefix="lagless-product") as pool,
+        ):
             try:
-                for future in as_completed([pool.submit(self._work) for _ in range(self.workers)]):
+                for future in as_completed([pool.submit(self._work) for _ in range(self._workers)]):
                     future.result()
             except BaseException:
-                self.stop.set()
+                self._stop.set()
                 raise
 
     def _work(self) -> None:
-        spaces: dict[torch.dtype, _Workspace] = {}
-        keep_open = len(self.sources) * self.workers <= _OPEN_FILES
+        keep_open = len(self._sources) * self._workers <= _OPEN_FILES
+        scratch = torch.empty(self._width * WIDEST, dtype=torch.uint8)
+        spaces: dict[torch.dtype, Workspace] = {}
         with np.errstate(all="ignore"):
-            while self._queue and not self.stop.is_set():
+            while not self._stop.is_set():
                 try:
                     name = self._queue.popleft()
                 except IndexError:
                     return
                 dtype = self._types[name]
-                space = spaces.setdefault(dtype, _Workspace(dtype, self.weights, self.width)) if dtype not in spaces else spaces[dtype]
+                if dtype is not None and dtype not in spaces:
+                    spaces[dtype] = Workspace(self._weights, self._width, dtype, scratch)
                 with ExitStack() as stack:
-                    self._tensor(name, space, [stack.enter_context(c.reader(name, keep_open)) for c in self.sources])
+                    readers = [stack.enter_context(source.reader(name, keep_open)) for source in self._sources]
+                    digests = [xxhash.xxh3_128() for _ in readers]
+                    for start in range(0, self._tensors[name].numel, self._width):
+                        if self._stop.is_set():
+                            return
+                        if dtype is None:
+                            self._copy(name, start, scratch, readers, digests)
+                        else:
+                            self._sum(name, start, spaces[dtype], readers, digests)
+                self.digests[name] = [digest.hexdigest() for digest in digests]
 
-    def _tensor(self, name: str, space: _Workspace, readers: list[Reader]) -> None:
-        numel = self.tensors[name].numel
-        stored = [c.tensors[name] for c in self.sources]
-        digests = [xxhash.xxh3_128() for _ in readers]
-        for start in range(0, numel, self.width):
-            if self.stop.is_set():
-                return
-            count = min(self.width, numel - start)
-            for row, (reader, info, digest) in enumerate(zip(readers, stored, digests, strict=True)):
-                space.read(row, reader, info, start, count, digest)
-            block = space.multiply(count)
-            if not self.allow_nonfinite and space.sums and not all(np.isfinite(block[row].sum()) for row in self._checked):
-                self._refuse_nonfinite(name, start, space.rows[:, :count])
-            self.consumer(name, start, torch.from_numpy(block) if space.sums else space.copied(count))
-            self._report(count * sum(info.dtype.itemsize for info in stored))
-        self.digests[name] = [digest.hexdigest() for digest in digests]
+    def _sum(
+        self, name: str, start: int, space: Workspace, readers: list[Reader], digests: list[xxhash.xxh3_128]
+    ) -> None:
+        count = min(self._width, self._tensors[name].numel - start)
+        for row, (source, reader, digest) in enumerate(zip(self._sources, readers, digests, strict=True)):
+            space.load(row, reader, source.tensors[name], start, count, digest)
+        block = space.multiply(count)
+        if not all(np.isfinite(block[row].sum()) for row in self._checked):
+            self._refuse_nonfinite(name, start, space.rows[:, :count])
+        self._consumer(name, start, torch.from_numpy(block))
+        self._report(name, count)
+
+    def _copy(
+        self, name: str, start: int, scratch: Tensor, readers: list[Reader], digests: list[xxhash.xxh3_128]
+    ) -> None:
+        info = self._tensors[name]
+        count = min(self._width, info.numel - start)
+        part = scratch[: count * info.dtype.itemsize]
+        raw = part.numpy()
+        for reader, digest in zip(readers, digests, strict=True):  # what stays in part is the last checkpoint's
+            reader.read(start * info.dtype.itemsize, raw)
+            digest.update(raw.data)
+        self._consumer(name, start, part.view(info.dtype).expand(len(self._weights), count))
+        self._report(name, count)
 
     def _refuse_nonfinite(self, name: str, start: int, rows: NDArray) -> None:
-        """Find the value that made a sum non-finite; finite values whose sum overflows are none of our business."""
-        for checkpoint, row in zip(self.sources, rows, strict=True):
+        """Name the value that made a sum non-finite; finite values whose sum overflows are no reason to refuse."""
+        for source, row in zip(self._sources, rows, strict=True):
             if (bad := np.flatnonzero(~np.isfinite(row))).size:
                 raise CheckpointError(
-                    f"{checkpoint.file_of(name)}: tensor {name!r} has {row[bad[0]]} at element {start + int(bad[0])}. The run has diverged or the "
-                    "file is damaged: leave this checkpoint out, or average it as it is with allow_nonfinite (--allow-nonfinite)."
+                    f"{source.file_of(name)}: tensor {name!r} has {row[bad[0]]} at element {start + int(bad[0])}. The "
+                    "run has diverged or the file is damaged: leave this checkpoint out, or average it as it is with "
+                    "allow_nonfinite (--allow-nonfinite)."
                 )
 
-    def _report(self, count: int) -> None:
+    def _report(self, name: str, count: int) -> None:
         if self._progress is not None:
             with self._lock:
-                self._done += count
+                self._done += count * sum(source.tensors[name].dtype.itemsize for source in self._sources)
                 self._progress(self._done, self._total)
+
+
+def check_weights(weights: ArrayLike, columns: int) -> NDArray[np.float64]:
+    """The weights as a (G, N) matrix; one row may be given as a vector.
+
+    Raises:
+        ValueError: if the shape does not fit, or a weight is not finite, or all are 0.
+    """
+    matrix = np.atleast_2d(np.asarray(weights, dtype=np.float64))
+    if matrix.ndim != 2 or matrix.shape[0] == 0 or matrix.shape[1] != columns:
+        raise ValueError(
+            f"weights: shape {matrix.shape}; it must be (G, {columns}), one column per checkpoint and at least one row."
+        )
+    if not np.isfinite(matrix).all():
+        raise ValueError("weights: NaN or infinity among them; every weight must be finite.")
+    if not matrix.any():
+        raise ValueError("weights: all are 0; at least one checkpoint needs a weight.")
+    return matrix
+
+
+def _sum_type(stored: list[torch.dtype], accumulate: Accumulate) -> torch.dtype | None:
+    """The type to sum in; None for integers and booleans, which are copied."""
+    if not stored[-1].is_floating_point:
+        return None
+    return torch.float64 if torch.float64 in stored else getattr(torch, accumulate)
+
+
+def _default_workers() -> int:
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, _WORKERS)
+
+
+@contextmanager
+def _one_thread_per_operation() -> Iterator[None]:
+    """Our workers are the parallelism; threads started by single operations would get in their way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

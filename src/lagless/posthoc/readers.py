@@ -29,7 +29,9 @@ class Reader(Protocol):
 
     def __enter__(self) -> Reader: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 class FileReader:
@@ -38,8 +40,8 @@ class FileReader:
     Args:
         path: the file.
         begin: the byte at which the tensor begins.
-        keep_open: hold the file open between reads; without it each read opens the file, for trajectories of so many checkpoints that
-            file descriptors would run out.
+        keep_open: hold the file open between reads; without it each read opens the file, for trajectories of so many
+            checkpoints that file descriptors would run out.
     """
 
     def __init__(self, path: Path, begin: int, keep_open: bool = True) -> None:
@@ -62,9 +64,11 @@ class FileReader:
         try:
             position = self._begin + offset
             while out.size:
-                count = os.preadv(descriptor, [out], position)
+                count = os.preadv(descriptor, [out.data], position)
                 if count == 0:
-                    raise CheckpointError(f"{self._path}: ended at byte {position} while being read. Is it being rewritten?")
+                    raise CheckpointError(
+                        f"{self._path}: ended at byte {position} while being read. Is it being rewritten?"
+                    )
                 out, position = out[count:], position + count
         except OSError as error:
             raise CheckpointError(f"{self._path}: reading failed ({error.strerror}).") from error
@@ -75,7 +79,9 @@ class FileReader:
     def __enter__(self) -> FileReader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -100,7 +106,9 @@ class TensorReader:
     def __enter__(self) -> TensorReader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         pass
 
 

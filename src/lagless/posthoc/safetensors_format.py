@@ -1,7 +1,7 @@
 """The safetensors file format: an 8-byte length, a JSON header, then the tensors' bytes back to back.
 
-Headers are read here, and not through the library, so that ranges of a tensor can be read with one system call into a buffer that exists
-already, and so that a damaged file is refused with what is wrong with it.
+Headers are read here, and not through the library, so that ranges of a tensor can be read with one system call into a
+buffer that exists already, and so that a damaged file is refused with what is wrong with it.
 """
 
 from __future__ import annotations
@@ -81,11 +81,14 @@ def read_header(path: Path) -> dict[str, Stored]:
             length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else 0
             if not 2 <= length <= min(_LARGEST_HEADER, size - _LENGTH.size):
                 raise CheckpointError(
-                    f"{path}: not a complete safetensors file: it has {size} bytes and a header of {length} is announced. {_INCOMPLETE}"
+                    f"{path}: not a complete safetensors file: it has {size} bytes and a header of {length} is "
+                    f"announced. {_INCOMPLETE}"
                 )
             text = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}). Check the path and its permissions."
+        ) from error
     try:
         header = json.loads(text)
         if not isinstance(header, dict):
@@ -120,31 +123,40 @@ def _check_layout(path: Path, header: Mapping[str, Any], begin: int, size: int) 
     end = 0
     for name, (info, offset) in ordered.items():
         if offset != end:
-            raise CheckpointError(f"{path}: tensor {name!r} begins at byte {offset} of the data, not at {end}. {_INCOMPLETE}")
+            raise CheckpointError(
+                f"{path}: tensor {name!r} begins at byte {offset} of the data, not at {end}. {_INCOMPLETE}"
+            )
         end += info.nbytes
     if begin + end > size:
-        raise CheckpointError(f"{path} is truncated: its header promises {begin + end} bytes, the file has {size}. {_INCOMPLETE}")
+        raise CheckpointError(
+            f"{path} is truncated: its header promises {begin + end} bytes, the file has {size}. {_INCOMPLETE}"
+        )
     if begin + end < size:
-        raise CheckpointError(f"{path}: the file has {size} bytes, its header describes only {begin + end}. {_INCOMPLETE}")
+        raise CheckpointError(
+            f"{path}: the file has {size} bytes, its header describes only {begin + end}. {_INCOMPLETE}"
+        )
     return {name: Stored(info, begin + offset) for name, (info, offset) in ordered.items()}
 
 
 def _entry(path: Path, name: str, entry: Any) -> Stored:
     try:
         kind, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        good = isinstance(kind, str) and isinstance(shape, list) and all(_is_count(n) for n in (*shape, start, stop))
+        if not (isinstance(kind, str) and isinstance(shape, list) and all(map(_is_count, (*shape, start, stop)))):
+            raise TypeError
     except (TypeError, KeyError, ValueError):
-        good = False
-    if not good:
-        raise CheckpointError(f"{path}: the header entry of tensor {name!r} is malformed. {_INCOMPLETE}")
+        raise CheckpointError(f"{path}: the header entry of tensor {name!r} is malformed. {_INCOMPLETE}") from None
     if kind not in DTYPES:
         raise CheckpointError(
-            f"{path}: tensor {name!r} has type {kind}, which cannot be averaged (can be: F64, F32, F16, BF16; copied: integers and BOOL). "
-            "Quantized weights carry scales: convert the checkpoints to bfloat16 or float32 first."
+            f"{path}: tensor {name!r} has type {kind}, which cannot be averaged (F64, F32, F16, BF16 can be; integers "
+            "and BOOL are copied). Quantized weights carry scales: convert the checkpoints to bfloat16 or float32 "
+            "first."
         )
     info = TensorInfo(DTYPES[kind], tuple(shape))
     if stop - start != info.nbytes:
-        raise CheckpointError(f"{path}: tensor {name!r} ({info}) takes {info.nbytes} bytes, its header gives it {stop - start}. {_INCOMPLETE}")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} ({info}) takes {info.nbytes} bytes, its header gives it {stop - start}. "
+            f"{_INCOMPLETE}"
+        )
     return Stored(info, start)
 
 

@@ -1,4 +1,4 @@
-"""Weights in a file written by ``torch.save``: mapped into memory, and unpickled by torch's weights-only unpickler alone."""
+"""Weights in a file written by ``torch.save``: mapped into memory, unpickled by the weights-only unpickler alone."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ def load_mapped(path: Path) -> dict[str, Tensor]:
     The file holds a state dict, or a dict with a state dict under one of the keys of ``STATE_KEYS``.
 
     Raises:
-        CheckpointError: if the file is damaged, cannot be mapped, needs more than weights-only unpickling, or holds anything but tensors.
+        CheckpointError: if the file is damaged, cannot be mapped, needs more than weights-only unpickling, or holds
+            anything but tensors.
     """
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: holds more than tensors, and unpickling arbitrary objects can run arbitrary code, so it is refused. {_CONVERT}"
+            f"{path}: holds more than tensors, and unpickling arbitrary objects can run arbitrary code, so it is "
+            f"refused. {_CONVERT}"
         ) from error
     except Exception as error:  # torch raises RuntimeError, ValueError, EOFError and more for damaged and legacy files
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{path}: cannot be mapped as a torch file ({first}). It is damaged, still being written, or of the format before torch 1.6. {_CONVERT}"
+            f"{path}: cannot be mapped as a torch file ({first}). It is damaged, still being written, or of the "
+            f"format before torch 1.6. {_CONVERT}"
         ) from error
     state = next((content[key] for key in STATE_KEYS if _holds_tensors(content, key)), content)
     if not isinstance(state, Mapping) or not state:
@@ -43,13 +46,13 @@ def load_mapped(path: Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor; a state dict is looked for at the top and under "
-                f"{', '.join(STATE_KEYS)}. {_CONVERT}"
+                f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor; a state dict is looked for at the "
+                f"top and under {', '.join(STATE_KEYS)}. {_CONVERT}"
             )
         if value.layout != torch.strided or value.is_quantized or value.dtype not in NAMES:
             raise CheckpointError(
-                f"{path}: tensor {name!r} is {value.dtype}, {value.layout}, which cannot be averaged. "
-                "Convert the checkpoints to dense bfloat16 or float32 first."
+                f"{path}: tensor {name!r} is {value.dtype}, {value.layout}, which cannot be averaged. Convert the "
+                "checkpoints to dense bfloat16 or float32 first."
             )
     return dict(state)
 

@@ -1,0 +1,104 @@
+"""The commands as a user types them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+
+from lagless import BEMA, EMA, trajectory_weights
+from lagless.cli import main
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Four checkpoints of a random walk, and the weights in them."""
+    generator = torch.Generator().manual_seed(0)
+    walk = torch.randn(4, 5, generator=generator).cumsum(dim=0)
+    for i, weights in enumerate(walk):
+        folder = tmp_path / "run" / f"checkpoint-{100 * i}"
+        folder.mkdir(parents=True)
+        safetensors.torch.save_file({"w": weights.clone()}, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+    return tmp_path / "run", walk
+
+
+def lagless(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["lagless", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    return exit.value.code
+
+
+def test_average_writes_the_average(run, tmp_path, monkeypatch, capsys):
+    folder, walk = run
+    assert lagless(monkeypatch, "average", folder, "-o", tmp_path / "out", "--rule", "bema", "--bias-power", "0.4") == 0
+    weights = torch.tensor(trajectory_weights(BEMA(update_freq=100, bias_power=0.4), [0, 100, 200, 300]))
+    stored = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")["w"]
+    torch.testing.assert_close(stored, (weights @ walk.double()).float(), rtol=0, atol=1e-6)
+    record = json.loads((tmp_path / "out" / "lagless.json").read_text())
+    assert record["rule"]["bias_power"] == 0.4 and record["rule"]["update_freq"] == 100
+    printed = capsys.readouterr().out
+    assert "θ_0 is checkpoint-0, step 0 (the earliest checkpoint; --start sets another)" in printed
+    assert f"written to {tmp_path / 'out'}" in printed
+
+
+def test_grid_writes_one_model_per_point(run, tmp_path, monkeypatch):
+    folder, walk = run
+    arguments = ["--rule", "bema", "--rule", "ema", "--grid", "ema-power=.2,.5", "--grid", "bias-power=.2,.4"]
+    assert lagless(monkeypatch, "average", folder, "-o", tmp_path / "out", *arguments) == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        *(f"bema-ema_power={k}-bias_power={e}" for k in (0.2, 0.5) for e in (0.2, 0.4)),
+        *(f"ema-ema_power={k}" for k in (0.2, 0.5)),
+    }
+    weights = torch.tensor(trajectory_weights(EMA(ema_power=0.2, update_freq=100), [0, 100, 200, 300]))
+    stored = safetensors.torch.load_file(tmp_path / "out" / "ema-ema_power=0.2" / "model.safetensors")["w"]
+    torch.testing.assert_close(stored, (weights @ walk.double()).float(), rtol=0, atol=1e-6)
+
+
+def test_dry_run_writes_nothing(run, tmp_path, monkeypatch, capsys):
+    assert lagless(monkeypatch, "average", run[0], "-o", tmp_path / "out", "--dry-run") == 0
+    assert "would be written to" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect(run, monkeypatch, capsys):
+    assert lagless(monkeypatch, "inspect", run[0], "--rule", "ema", "--half-life", "100") == 0
+    printed = capsys.readouterr().out
+    assert "4 checkpoints, steps 0, 100, 200, 300; each a model of 5 parameters" in printed
+    assert "half_life=100.0" in printed and "+0.5000" in printed
+
+
+BAD = [
+    (["average", "RUN/none", "-o", "OUT"], "none: no such folder"),
+    (["average", "RUN", "-o", "OUT", "--rule", "swa"], "unknown rule 'swa'; known: ema, bema"),
+    (["average", "RUN", "-o", "OUT", "--decay", "0.9"], "decay is no argument of bema"),
+    (["average", "RUN", "-o", "OUT", "--rule", "ema", "--decay", "1.5"], "decay=1.5; it must be a number >= 0, < 1"),
+    (["average", "RUN", "-o", "OUT", "--lag", "0", "--multiplier", "0"], "β must lie in (0, 1]"),
+    (["average", "RUN", "-o", "OUT", "--update-freq", "1000"], "Choose an update_freq that divides them, e.g. 100"),
+    (["average", "RUN", "-o", "OUT", "--steps", "0,200,100"], "200 is followed by 100"),
+    (["average", "RUN", "-o", "OUT", "--steps", "a,b"], "--steps 'a,b'; it must be integers"),
+    (["average", "RUN", "-o", "OUT", "--grid", "ema-power"], "--grid 'ema-power'; it must be ARGUMENT=VALUE"),
+    (["average", "RUN", "-o", "OUT", "--memory", "lots"], "size 'lots' is not understood"),
+    (["average", "RUN/checkpoint-0", "-o", "OUT"], "give the folder above it"),
+    (["inspect", "RUN", "--ema-power", ".2"], "say which rule they belong to"),
+    (["average", "RUN", "-o", "RUN/checkpoint-0"], "checkpoint-0"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD, ids=[message for _, message in BAD])
+def test_bad_input_ends_with_exit_code_2_and_leaves_nothing(run, tmp_path, monkeypatch, capsys, arguments, message):
+    before = sorted(tmp_path.rglob("*"))
+    places = {"RUN": str(run[0]), "OUT": str(tmp_path / "out")}
+    filled = [argument.replace("RUN", places["RUN"]).replace("OUT", places["OUT"]) for argument in arguments]
+    assert lagless(monkeypatch, *filled) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_module_is_the_command():
+    result = subprocess.run([sys.executable, "-m", "lagless", "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("lagless 0.")
