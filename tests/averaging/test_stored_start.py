@@ -1,0 +1,84 @@
+"""θ_0 read from the base checkpoint instead of being held in memory."""
+
+import pytest
+import safetensors.torch
+import torch
+
+from lagless import BEMA, DEMA, EMA, OUEMA, Averager
+
+
+@pytest.fixture
+def base(tmp_path):
+    weights = {"a": torch.randn(30).to(torch.bfloat16), "b": torch.randn(4, 5)}
+    (tmp_path / "base").mkdir()
+    safetensors.torch.save_file(weights, tmp_path / "base" / "model.safetensors")
+    return tmp_path / "base", {name: t.clone() for name, t in weights.items()}
+
+
+def train(averager, weights):
+    for n in range(5):
+        for tensor in weights.values():
+            tensor.mul_(0.9).add_(0.01 * n)
+        averager.update()
+
+
+def test_one_copy_and_the_same_bits(base):
+    path, weights = base
+    other = {name: t.clone() for name, t in weights.items()}
+    rules = {"bema": BEMA(update_freq=2), "ema": EMA(update_freq=2), "dema": DEMA(update_freq=2)}
+    stored, held = Averager(weights, rules, start=path), Averager(other, rules)
+    train(stored, weights)
+    train(held, other)
+    assert set(stored.state_dict()["tensors"]) == {n for n in held.state_dict()["tensors"] if not n.startswith("bema.0/")}
+    for name in rules:
+        assert all(torch.equal(stored.read(name)[k], held.read(name)[k]) for k in weights)
+    with stored.applied("bema"):
+        inside = {k: t.clone() for k, t in weights.items()}
+    assert all(torch.equal(inside[k], held.read("bema")[k].to(weights[k].dtype)) for k in weights)
+
+
+def test_resume_needs_the_same_base(base, tmp_path):
+    path, weights = base
+    averager = Averager(weights, BEMA(update_freq=2), start=path)
+    with pytest.raises(ValueError, match=r"made with start=None, this Averager has start=\{'name': 'base'"):
+        averager.load_state_dict(Averager(weights, EMA(), start=None).state_dict() | {"meta": meta(averager, None)})
+    averager.load_state_dict(averager.state_dict())
+
+
+def meta(averager, start):
+    return averager.state_dict()["meta"] | {"start": start}
+
+
+def test_a_changed_base_is_noticed(base):
+    path, weights = base
+    averager = Averager(weights, BEMA(update_freq=1), start=path)
+    train(averager, weights)
+    averager.read()
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    tensors["a"][3] += 1.0
+    safetensors.torch.save_file(tensors, path / "model.safetensors")
+    with pytest.raises(RuntimeError, match="has changed since the run started .* Restore the base checkpoint"):
+        averager.read()
+
+
+def test_touching_the_base_does_no_harm(base):
+    path, weights = base
+    averager = Averager(weights, BEMA(update_freq=1), start=path)
+    train(averager, weights)
+    (path / "model.safetensors").touch()
+    averager.read()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda p, w: Averager(w, OUEMA(), start=p), "OUEMA reads θ_0 at every update; leave start out"),
+        (lambda p, w: Averager(w, BEMA(update_after=3), start=p), "replaces θ_0 at update_after=3"),
+        (lambda p, w: Averager(w, BEMA(), start=p, step=5), "but step=5"),
+        (lambda p, w: Averager(w | {"c": torch.ones(1)}, BEMA(), start=p), "has no tensor 'c'"),
+        (lambda p, w: Averager(w | {"a": w["a"] + 1}, BEMA(), start=p), "a differs from the live weights"),
+    ],
+)
+def test_refusals(base, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(*base)

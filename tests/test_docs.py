@@ -1,0 +1,26 @@
+"""Every public name is documented."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+import lagless
+import lagless.posthoc
+import lagless.testing
+
+REFERENCE = (Path(__file__).parents[1] / "docs" / "reference.md").read_text()
+
+
+def public(module):
+    for name, value in vars(module).items():
+        if not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
+            yield f"{module.__name__}.{name}", value
+
+
+@pytest.mark.parametrize(
+    "name, value", [pair for module in (lagless, lagless.posthoc, lagless.testing) for pair in public(module)]
+)
+def test_public_names_have_a_docstring_and_a_place_in_the_reference(name, value):
+    assert inspect.getdoc(value), f"{name} has no docstring"
+    assert f"::: {name}\n" in REFERENCE, f"{name} is missing in docs/reference.md"
