@@ -10,15 +10,17 @@ from numbers import Integral, Real
 from typing import Any
 
 
-def require_integer(name: str, value: object, *, minimum: int) -> None:
-    """Require an integer ≥ ``minimum``."""
+def require_integer(name: str, value: object, *, minimum: int) -> int:
+    """``value`` as an int, required to be an integer ≥ ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < minimum:
         raise ValueError(f"{name}={value!r}; it must be an integer >= {minimum}.")
+    return int(value)
 
 
 def check_integer(owner: object, name: str, *, minimum: int) -> None:
-    """Require ``owner.name`` to be an integer ≥ ``minimum``."""
-    require_integer(f"{type(owner).__name__}: {name}", getattr(owner, name), minimum=minimum)
+    """Require ``owner.name`` to be an integer ≥ ``minimum``, and make it a plain int."""
+    value = require_integer(f"{type(owner).__name__}: {name}", getattr(owner, name), minimum=minimum)
+    object.__setattr__(owner, name, value)  # rules are frozen
 
 
 def check_number(
@@ -31,9 +33,7 @@ def check_number(
     below: float = math.inf,
     finite: bool = False,
 ) -> None:
-    """Require ``owner.name`` to be a real number with minimum <= value <= maximum and above < value < below (where
-    given).
-    """
+    """Require ``owner.name`` to be a real number within the bounds, and make it a plain float."""
     value: Any = getattr(owner, name)
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     good = (
@@ -48,6 +48,7 @@ def check_number(
         raise ValueError(
             f"{type(owner).__name__}: {name}={value!r}; it must be a number {', '.join(b for b in bounds if b)}."
         )
+    object.__setattr__(owner, name, number)
 
 
 def check_choice(owner: object, name: str, allowed: Sequence[str]) -> None:

@@ -217,7 +217,7 @@ def inspect_command(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to make.")] = Path("lagless-demo"),
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps; everything else scales with them.")] = 2000,
     seed: Annotated[int, typer.Option(help="Seed of initialisation, data order and samples.")] = 0,
     data: Annotated[
         list[Path] | None, typer.Option(help="Text files to train on. Default: Python's own library.")

@@ -37,17 +37,17 @@ def count_updates(rule: Rule, total_steps: int) -> int:
     return max(0, total_steps - rule.update_after) // rule.update_freq
 
 
-def require_updates(rule: Rule, total_steps: int) -> None:
-    """Refuse a run in which ``rule`` would never update.
+def require_updates(rule: Rule, total_steps: int, after: int = 0) -> None:
+    """Refuse a run in which ``rule`` would never update after step ``after``.
 
     Raises:
         ValueError: if ``total_steps`` ends before the first update.
     """
-    if count_updates(rule, total_steps) == 0:
+    if count_updates(rule, total_steps) <= count_updates(rule, after):
         raise ValueError(
             f"{type(rule).__name__}: update_after={rule.update_after}, update_freq={rule.update_freq} give no update "
-            f"in a run of {total_steps} steps: its average would be the initial model. "
-            f"Choose update_after + update_freq <= {total_steps}."
+            f"up to step {total_steps} from step {after} on: its average would be the initial model. "
+            f"Choose update_after + update_freq <= {total_steps - after}."
         )
 
 
@@ -63,9 +63,9 @@ def tail(update: Update, read: Read) -> Read:
 def trajectory_weights(rule: Rule, steps: ArrayLike, at: int | None = None) -> FloatArray:
     """The weight that ``rule``'s average puts on each iterate of a trajectory: ``μ̂ = Σ_i w_i θ_{steps[i]}``.
 
-    Iterates are updates where ``rule`` makes one (``(t - update_after) mod update_freq = 0``) and are skipped
-    otherwise. The last one counts in any case: if the rule makes no update at ``at``, the weights are those of one
-    further update there.
+    During burn-in, and at ``steps[0]``, the average is the iterate itself. After it, iterates are updates where
+    ``rule`` makes one (``(t - update_after) mod update_freq = 0``) and are skipped otherwise. The last one counts in
+    any case: if the rule makes no update at ``at``, the weights are those of one further update there.
 
     Args:
         rule: the averaging rule.
@@ -94,6 +94,11 @@ def trajectory_weights(rule: Rule, steps: ArrayLike, at: int | None = None) -> F
         return weights
     updates = list(ticks(rule, past))
     if not updates:
+        if past[-1] <= rule.update_after:
+            raise ValueError(
+                f"{type(rule).__name__} rests until its burn-in ends, at step {rule.update_after}; there is no average "
+                f"at step {past[-1]}."
+            )
         spacing = f"every {rule.update_freq} steps after step {rule.update_after}"
         raise ValueError(
             f"{type(rule).__name__} updates {spacing} and so not once among the {len(past)} steps {_short(past)}. "
@@ -165,7 +170,7 @@ def _check_steps(steps: ArrayLike) -> list[int]:
         raise ValueError(
             f"steps must be a non-empty 1-D sequence of integers; got shape {times.shape}, dtype {times.dtype}."
         )
-    gaps = np.diff(times)
+    gaps = np.diff(times.astype(np.int64))
     if (gaps <= 0).any():
         i = int(np.argmax(gaps <= 0))
         raise ValueError(f"steps must be strictly increasing; {int(times[i])} is followed by {int(times[i + 1])}.")

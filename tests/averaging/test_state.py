@@ -89,6 +89,40 @@ def test_a_state_that_does_not_fit_changes_nothing(other, message):
     assert all(torch.equal(t, after["tensors"][n]) for n, t in before["tensors"].items())
 
 
+def test_order_of_rules_does_not_matter():
+    weights = {"a": torch.ones(4)}
+    source = Averager(weights, RULES)
+    for n in range(6):
+        step(weights, n)
+        source.update()
+    target = Averager(weights, dict(reversed(RULES.items())))
+    target.load_state_dict(copy.deepcopy(source.state_dict()))
+    assert all(torch.equal(target.read(name)["a"], source.read(name)["a"]) for name in RULES)
+
+
+def test_the_seed_comes_with_the_state():
+    weights = {"a": torch.ones(400)}
+    source = Averager(weights, EMA(decay=0.9), dtype=torch.bfloat16, seed=5)
+    target = Averager(weights, EMA(decay=0.9), dtype=torch.bfloat16, seed=6)
+    target.load_state_dict(source.state_dict())
+    weights["a"].fill_(1.003)
+    source.update()
+    target.update()
+    assert torch.equal(source.read()["a"], target.read()["a"])
+
+
+@pytest.mark.parametrize("broken", [{}, {"meta": {}, "tensors": {}}, {"meta": {"format": 1}, "tensors": {}}, "last"])
+def test_something_else_changes_nothing(broken):
+    averager = Averager({"a": torch.ones(2)}, EMA())
+    if broken == "last":
+        broken = copy.deepcopy(averager.state_dict())
+        del broken["meta"]["last"]
+        broken["tensors"]["ema.0/a"].fill_(42.0)
+    with pytest.raises(ValueError, match="this is not the state of an Averager"):
+        averager.load_state_dict(broken)
+    assert averager.state_dict()["tensors"]["ema.0/a"].tolist() == [1.0, 1.0]
+
+
 def test_future_format_is_refused():
     averager = Averager({"a": torch.ones(2)}, EMA())
     state = averager.state_dict()

@@ -29,7 +29,9 @@ def test_one_copy_and_the_same_bits(base):
     stored, held = Averager(weights, rules, start=path), Averager(other, rules)
     train(stored, weights)
     train(held, other)
-    assert set(stored.state_dict()["tensors"]) == {n for n in held.state_dict()["tensors"] if not n.startswith("bema.0/")}
+    assert set(stored.state_dict()["tensors"]) == {
+        n for n in held.state_dict()["tensors"] if not n.startswith("bema.0/")
+    }
     for name in rules:
         assert all(torch.equal(stored.read(name)[k], held.read(name)[k]) for k in weights)
     with stored.applied("bema"):
@@ -49,6 +51,30 @@ def meta(averager, start):
     return averager.state_dict()["meta"] | {"start": start}
 
 
+def test_resume_in_the_documented_order(base, tmp_path):
+    path, weights = base
+    other = {name: t.clone() for name, t in weights.items()}
+    whole = Averager(other, BEMA(update_freq=2), start=path)
+    train(whole, other)
+    train(whole, other)
+    averager = Averager(weights, BEMA(update_freq=2), start=path)
+    train(averager, weights)
+    averager.save(tmp_path / "state.safetensors")
+    resumed = Averager(weights, BEMA(update_freq=2), start=path)  # the live weights are no longer θ_0
+    resumed.load(tmp_path / "state.safetensors")
+    train(resumed, weights)
+    assert all(torch.equal(resumed.read()[name], whole.read()[name]) for name in weights)
+
+
+def test_tied_weights_are_found_under_any_of_their_names(base):
+    path, weights = base
+    tied = {"other": weights["a"], "b": weights["b"], "a": weights["a"]}
+    averager = Averager(tied, BEMA(update_freq=1), start=path)
+    train(averager, weights)
+    averages = averager.read()
+    assert averages["a"] is averages["other"]
+
+
 def test_a_changed_base_is_noticed(base):
     path, weights = base
     averager = Averager(weights, BEMA(update_freq=1), start=path)
@@ -65,8 +91,9 @@ def test_touching_the_base_does_no_harm(base):
     path, weights = base
     averager = Averager(weights, BEMA(update_freq=1), start=path)
     train(averager, weights)
+    before = averager.read()
     (path / "model.safetensors").touch()
-    averager.read()
+    assert all(torch.equal(before[name], average) for name, average in averager.read().items())
 
 
 @pytest.mark.parametrize(
@@ -76,7 +103,7 @@ def test_touching_the_base_does_no_harm(base):
         (lambda p, w: Averager(w, BEMA(update_after=3), start=p), "replaces θ_0 at update_after=3"),
         (lambda p, w: Averager(w, BEMA(), start=p, step=5), "but step=5"),
         (lambda p, w: Averager(w | {"c": torch.ones(1)}, BEMA(), start=p), "has no tensor 'c'"),
-        (lambda p, w: Averager(w | {"a": w["a"] + 1}, BEMA(), start=p), "a differs from the live weights"),
+        (lambda p, w: Averager(w | {"a": w["a"] + 1}, BEMA(), start=p).update(), "a differs from the live weights"),
     ],
 )
 def test_refusals(base, make, message):

@@ -71,7 +71,9 @@ def test_reads_between_updates_count_the_tail():
 def test_no_update_is_refused_with_a_remedy():
     with pytest.raises(ValueError, match=r"BEMA updates every 400 steps.*not once among.*e\.g\. 25\."):
         trajectory_weights(BEMA(), [0, 25, 50])
-    with pytest.raises(ValueError, match="run of 50 steps: its average would be the initial model"):
+    with pytest.raises(
+        ValueError, match="no update up to step 50 from step 0 on: its average would be the initial model"
+    ):
         require_updates(BEMA(), 50)
     require_updates(BEMA(), 400)
     assert [count_updates(BEMA(update_after=100), n) for n in (499, 500, 900)] == [0, 1, 2]
@@ -86,6 +88,7 @@ def test_no_update_is_refused_with_a_remedy():
         ([], None, "non-empty"),
         ([0.0, 1.0], None, "integers"),
         ([[0, 1]], None, "1-D"),
+        (np.array([0, 5, 3], dtype=np.uint32), None, "5 is followed by 3"),
         ([0, 1, 2], 7, "at=7 is not one of the steps 0, 1, 2"),
     ],
 )

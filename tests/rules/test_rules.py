@@ -126,6 +126,15 @@ def test_power_ema_is_the_published_recursion():
     np.testing.assert_allclose(trajectory_weights(PowerEMA(relative_width=0.15), range(31)), ema, atol=1e-14)
 
 
+def test_power_ema_counts_from_the_end_of_burn_in():
+    # Weights proportional to (t - τ)^s, exactly so in the limit of many steps.
+    rule = PowerEMA(relative_width=0.15, update_after=1000)
+    weights = trajectory_weights(rule, range(3001))
+    profile = (np.arange(1, 2001) / 2000) ** (rule.exponent + 1) - (np.arange(0, 2000) / 2000) ** (rule.exponent + 1)
+    np.testing.assert_allclose(weights[1001:], profile, atol=1e-12)
+    assert not weights[:1001].any()
+
+
 def test_uniform_averages():
     np.testing.assert_allclose(trajectory_weights(UniformAverage(), range(8)), np.full(8, 1 / 8), atol=1e-15)
     uniform = EMA(ema_power=1.0, lag=1.0)
@@ -162,7 +171,7 @@ def test_forms_of_bema():
     # TRL's average stays at the initial weights during burn-in, the paper's follows the live ones.
     assert trajectory_weights(BEMA(update_after=9, form="trl"), steps, at=9)[9] == 1.0
     assert trajectory_weights(BEMA(update_after=9), steps, at=5)[5] == 1.0
-    with pytest.raises(ValueError, match="not once"):
+    with pytest.raises(ValueError, match="rests until its burn-in ends, at step 9"):
         trajectory_weights(BEMA(update_after=9, form="trl"), steps, at=5)
 
 
@@ -187,7 +196,10 @@ BAD = [
     (lambda: BEMA(bias_power=math.nan), "bias_power=nan"),
     (lambda: BEMA(multiplier=math.inf), "multiplier=inf"),
     (lambda: BEMA(form="paper"), "form='paper'; it must be one of 'algorithm_1', 'trl', 'offline', 'online'"),
-    (lambda: BEMA(form="online", multiplier=2.0, lag=500), r"β must lie in \(0, 1\]"),
+    (lambda: BEMA(form="online", multiplier=2.0, lag=500), r"β must lie in \(0, 1\]. Choose a multiplier of at most 1"),
+    (lambda: BEMA(form="online", update_after=3), "that form has no burn-in, use 0"),
+    (lambda: BEMA(ema_power=0, lag=0, multiplier=1e-6, update_freq=1), r"α = 15.8489 .*α must lie in \[0, 1\]"),
+    (lambda: EMA(ema_power=1000), "Choose a smaller ema_power"),
     (lambda: OUEMA(bias_power=0.0), "bias_power=0.0; it must be a number > 0"),
     (lambda: OUEMA(multiplier=0.0), "multiplier=0.0"),
     (lambda: DEMA(lag=math.nan), "lag=nan"),

@@ -16,7 +16,7 @@ from lagless._validation import require_integer
 from lagless.averaging._bank import Bank, RowUpdate
 from lagless.averaging._live import LiveTensors, Source
 from lagless.averaging._start import StoredStart
-from lagless.averaging._state import FORMAT, State, check_same, load_file, save_file
+from lagless.averaging._state import FORMAT, State, load_file, match, save_file
 from lagless.filters import require_updates, tail
 from lagless.rules import Read, Rule, Start, rule_to_dict
 from lagless.schedules import Tick
@@ -36,14 +36,15 @@ class Averager:
     stays as it was. On an update step it is the rule's own value, for BEMA that of Algorithm 1.
 
     Args:
-        source: a module (its trainable parameters and persistent floating-point buffers are averaged) or named tensors.
+        source: a module, of which the trainable parameters are averaged, or named tensors. The set is fixed from here
+            on.
         rules: one rule, or a mapping of names to rules. A single rule is named by its class in lower case.
         dtype: of the stored averages: None for float32 (wider where the parameters are), or ``torch.bfloat16``, which
             is rounded stochastically so that averages with long memories still move. θ_0 and snapshots keep the
             parameters' dtype.
         device: where averages are kept; None for each parameter's own device.
         start: path of the base checkpoint, if it holds θ_0: BEMA then stores one copy, like an EMA. It is checked to
-            equal the live weights now, and to be unchanged whenever an average is read.
+            equal the live weights now (unless a state is loaded next), and to be unchanged whenever an average is read.
         step: optimizer steps already taken, for an Averager that joins a run.
         total_steps: length of the run, if known; rules that would never update in it are refused now.
         seed: of the noise of stochastic rounding.
@@ -83,11 +84,16 @@ class Averager:
         compile: bool = False,
     ) -> None:
         self.rules: dict[str, Rule] = {type(rules).__name__.lower(): rules} if isinstance(rules, Rule) else dict(rules)
-        _check_arguments(self.rules, dtype, step, total_steps, seed)
-        self.step = step
+        _check_rules(self.rules)
+        if dtype is not None and dtype not in _DTYPES:
+            raise ValueError(f"dtype={dtype}; averages are stored as one of {', '.join(map(str, _DTYPES))}.")
+        self.step = step = require_integer("step", step, minimum=0)
+        if total_steps is not None:
+            for rule in self.rules.values():
+                require_updates(rule, require_integer("total_steps", total_steps, minimum=0), after=step)
         self._live = LiveTensors(source)
         self._applied: str | None = None
-        self._attached: list[Optimizer] = []
+        self._attached: Optimizer | None = None
         self._last = {name: Tick(step, max(step, rule.update_after), 0) for name, rule in self.rules.items()}
 
         labels = list(dict.fromkeys(label for rule in self.rules.values() for label in rule.labels))
@@ -97,10 +103,21 @@ class Averager:
         absent: list[Hashable] = []
         if start is not None:
             _check_start(self.rules, step)
-            self._stored_start = StoredStart(start, self._live.names, live)
+            self._stored_start = StoredStart(start, self._live.names, self._live.aliases, live)
             absent = [label for label in labels if isinstance(label, Start)]
         place = None if device is None else torch.device(device)
-        self._bank = Bank(live, labels, dtype=dtype, device=place, seed=seed, compile=compile, absent=absent)
+        self._bank = Bank(
+            live,
+            labels,
+            dtype=dtype,
+            device=place,
+            seed=require_integer("seed", seed, minimum=0),
+            compile=compile,
+            absent=absent,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("an Averager belongs to its live model and cannot be copied or pickled; use state_dict().")
 
     def __repr__(self) -> str:
         rules = ", ".join(f"{name}: {rule} ({self.updates(name)} updates)" for name, rule in self.rules.items())
@@ -114,18 +131,21 @@ class Averager:
             RuntimeError: while averaged weights are in the model.
         """
         self._refuse_while_applied("update")
+        live = self._live.tensors()
+        if self._stored_start is not None:
+            self._stored_start.require_verified()
         self.step += 1
         rows: dict[int, RowUpdate] = {}
         for name, rule in self.rules.items():
             if rule.update_after == self.step:
                 # Buffers follow the weights through burn-in, and can be read only later: its last step is enough.
-                rows |= {i: RowUpdate(i, 0.0, (), 1.0) for i in self._index[name]}
+                _merge(rows, [RowUpdate(i, 0.0, (), 1.0) for i in self._index[name]], name)
             elif rule.timing.updates(self.step):
                 self._last[name] = self._next(name)
-                rows |= self._rows(name)
+                _merge(rows, self._rows(name), name)
         if rows:
             # A row depends on buffers registered before its own, so from the last to the first each sees old values.
-            self._bank.update(self._live.tensors(), [rows[i] for i in sorted(rows, reverse=True)], self.step)
+            self._bank.update(live, [rows[i] for i in sorted(rows, reverse=True)], self.step)
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Call :meth:`update` after every real step of ``optimizer`` from now on.
@@ -133,15 +153,23 @@ class Averager:
         Under gradient accumulation that is once per optimizer step. A step that a gradient scaler skipped does not
         count. Stepping while averaged weights are in the model is refused.
 
+        Args:
+            optimizer: with several of them, the one that steps last; an optimizer of Accelerate's is looked into.
+
         Returns:
             An object whose ``remove()`` detaches again.
 
         Raises:
-            RuntimeError: if it is attached to this optimizer already.
+            RuntimeError: if it is attached already.
+            TypeError: if this is no ``torch.optim.Optimizer``.
         """
-        inner: Optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps the one whose hooks run
-        if any(inner is other for other in self._attached):
-            raise RuntimeError("the Averager is attached to this optimizer already; every step would count twice.")
+        inner = optimizer
+        if type(optimizer).__module__.partition(".")[0] == "accelerate":
+            inner = getattr(optimizer, "optimizer", optimizer)  # the one whose hooks run
+        if not isinstance(inner, Optimizer):
+            raise TypeError(f"attach needs a torch.optim.Optimizer, not a {type(inner).__name__}; or call update().")
+        if self._attached is not None:
+            raise RuntimeError("the Averager is attached to an optimizer already, and every step would count twice.")
 
         def before(*_: Any) -> None:
             self._refuse_while_applied("step the optimizer")
@@ -153,12 +181,12 @@ class Averager:
                 self.update()
 
         guard, hook = inner.register_step_pre_hook(before), inner.register_step_post_hook(after)
-        self._attached.append(inner)
+        self._attached = inner
 
         def remove() -> None:
             guard.remove()
             hook.remove()
-            self._attached[:] = [other for other in self._attached if other is not inner]
+            self._attached = None
 
         return Attachment(remove)
 
@@ -171,7 +199,7 @@ class Averager:
         """The model with averaged weights inside the ``with`` block; afterwards, also after an error, the live bits.
 
         Weights are rounded to the parameters' dtype. One more copy of the parameters is held meanwhile, and whatever
-        the block writes to them is lost.
+        the block does to them (new values, another dtype or device) is undone.
 
         Args:
             name: which average; may be left out if there is only one.
@@ -192,8 +220,7 @@ class Averager:
             yield
         finally:
             with torch.no_grad():
-                for tensor, bits in zip(live, backup, strict=True):
-                    tensor.copy_(bits)
+                self._live.restore(backup)
             self._applied = None
 
     @torch.no_grad()
@@ -201,7 +228,7 @@ class Averager:
         """The averaged weights as new tensors; the live ones stay untouched.
 
         ``model.load_state_dict({**model.state_dict(), **avg.read()})`` makes a model of them: frozen parameters and
-        integer buffers, which need no average, are the model's own.
+        buffers are the model's own. Names are those of the module that a compiled or distributed one wraps.
 
         Args:
             name: which average; may be left out if there is only one.
@@ -222,8 +249,9 @@ class Averager:
     def state_dict(self) -> State:
         """Everything a resumed run needs: ``{"tensors": {name: tensor}, "meta": {plain JSON}}``.
 
-        Tensors are the Averager's own, not copies. Restore the live weights first, then :meth:`load_state_dict`: the
-        run goes on bit for bit as if it had never stopped.
+        Tensors are the Averager's own, not copies: write them out, or copy them, before the next update. To resume,
+        restore the live weights, make the Averager, then :meth:`load_state_dict`: the run goes on bit for bit as if it
+        had never stopped.
         """
         names: dict[int, str] = {}
         for rule, indices in self._index.items():
@@ -256,12 +284,14 @@ class Averager:
         """
         self._refuse_while_applied("load a state")
         own = self.state_dict()
-        check_same(state, own)
-        for name, tensor in own["tensors"].items():
-            tensor.copy_(state["tensors"][name])
+        matched = match(state, own)
         meta = state["meta"]
+        self._last = {name: Tick(**meta["last"][name]) for name in self.rules}
         self.step, self._bank.seed = meta["step"], meta["seed"]
-        self._last = {name: Tick(**tick) for name, tick in meta["last"].items()}
+        for name, tensor in own["tensors"].items():
+            tensor.copy_(matched[name])
+        if self._stored_start is not None:
+            self._stored_start.mismatch = None  # the state vouches for θ_0 by its fingerprint
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the state to one safetensors file, atomically."""
@@ -294,14 +324,14 @@ class Averager:
         last = self._last[name]
         return Tick(self.step, last.step if last.number else last.previous, last.number + 1)
 
-    def _rows(self, name: str) -> dict[int, RowUpdate]:
-        """The rows of the rule's latest update that do anything, by buffer."""
+    def _rows(self, name: str) -> list[RowUpdate]:
+        """The rows of the rule's latest update that do anything."""
         update, index = self.rules[name].update(self._last[name]), self._index[name]
-        rows: dict[int, RowUpdate] = {}
+        rows: list[RowUpdate] = []
         for i, (matrix_row, live) in enumerate(zip(update.matrix, update.live, strict=True)):
             others = tuple((index[j], w) for j, w in enumerate(matrix_row) if w != 0.0 and j != i)
             if others or live != 0.0 or matrix_row[i] != 1.0:
-                rows[index[i]] = RowUpdate(index[i], matrix_row[i], others, live)
+                rows.append(RowUpdate(index[i], matrix_row[i], others, live))
         return rows
 
     def _coefficients(self, name: str) -> Read:
@@ -322,6 +352,7 @@ class Averager:
         """The averaged tensors one by one, in float32 or wider."""
         buffers, live_weight = self._coefficients(name)
         weighted = [(self._index[name][j], w) for j, w in enumerate(buffers) if w != 0.0]
+        self._live.check_frozen()
         stored = self._stored_start
         base = stored.open() if stored and any(not self._bank.buffers[i] for i, _ in weighted) else None
 
@@ -332,8 +363,8 @@ class Averager:
                     buffer = self._bank.buffers[i]
                     if buffer:
                         terms.append((buffer[n], weight))
-                    elif base is not None:
-                        terms.append((base.read_tensor(parameter), weight))
+                    elif stored is not None and base is not None:
+                        terms.append((base.read_tensor(stored.stored_name(parameter)), weight))
                 yield _combine(terms, live.device, torch.promote_types(live.dtype, torch.float32))
 
         return values()
@@ -357,9 +388,16 @@ def _combine(terms: list[tuple[Tensor, float]], device: torch.device, dtype: tor
     return total
 
 
-def _check_arguments(
-    rules: dict[str, Rule], dtype: torch.dtype | None, step: int, total_steps: int | None, seed: int
-) -> None:
+def _merge(rows: dict[int, RowUpdate], new: list[RowUpdate], name: str) -> None:
+    for row in new:
+        if rows.setdefault(row.buffer, row) != row:
+            raise ValueError(
+                f"{name!r} has a buffer with the label of another rule's, but updates it otherwise; labels must "
+                "contain every hyperparameter on which the content of the buffer depends."
+            )
+
+
+def _check_rules(rules: dict[str, Rule]) -> None:
     if not rules:
         raise ValueError("rules is empty; give at least one, e.g. lagless.BEMA().")
     for name, rule in rules.items():
@@ -367,12 +405,6 @@ def _check_arguments(
             raise ValueError(f"{name!r} cannot name an average; use letters, digits, '.', '_' and '-'.")
         if not isinstance(rule, Rule):
             raise TypeError(f"{name}={rule!r} is not an averaging rule; give e.g. lagless.BEMA().")
-        if total_steps is not None:
-            require_updates(rule, total_steps)
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype={dtype}; averages are stored as one of {', '.join(map(str, _DTYPES))}.")
-    require_integer("step", step, minimum=0)
-    require_integer("seed", seed, minimum=0)
 
 
 def _check_start(rules: dict[str, Rule], step: int) -> None:

@@ -7,8 +7,8 @@ averages of a large tensor are updated by one kernel instead.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -32,13 +32,21 @@ class RowUpdate(NamedTuple):
     live: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Block:
-    """Pieces of the live tensors and the same pieces of every buffer."""
+    """Pieces of live tensors and the same pieces of every buffer; one device and dtype per list.
 
-    live: list[Tensor]
-    buffers: list[list[Tensor]]
-    whole: bool = False  # one large tensor, for a compiled kernel
+    Attributes:
+        live: pieces of the live tensors.
+        buffers: for each buffer, its pieces; none for a buffer that is kept elsewhere.
+        whole: whether this is one large tensor, for a compiled kernel.
+        room: how many more elements it may take.
+    """
+
+    live: list[Tensor] = field(default_factory=list)
+    buffers: list[list[Tensor]] = field(default_factory=list)
+    whole: bool = False
+    room: int = 0
 
 
 class Bank:
@@ -70,24 +78,29 @@ class Bank:
         absent: Collection[Hashable] = (),
     ) -> None:
         self.seed = seed
+        self._device = device
         self._compile = compile
         self.buffers: list[list[Tensor]] = []
         for label in labels:
             holds_iterate = isinstance(label, Start | Snapshot)
-            kinds = [t.dtype if holds_iterate else dtype or torch.promote_types(t.dtype, torch.float32) for t in live]
-            copies = [torch.empty_like(t, dtype=k, device=device).copy_(t) for t, k in zip(live, kinds, strict=True)]
-            self.buffers.append([] if label in absent else copies)
-        self._blocks: list[_Block] = []
-        self._addresses: list[int] = []
+            self.buffers.append([])
+            for tensor in () if label in absent else live:
+                kind = tensor.dtype if holds_iterate else dtype or torch.promote_types(tensor.dtype, torch.float32)
+                self.buffers[-1].append(torch.empty_like(tensor, dtype=kind, device=device).copy_(tensor))
 
     def update(self, live: Sequence[Tensor], rows: Sequence[RowUpdate], step: int) -> None:
         """Apply ``rows`` in the given order: one that reads another buffer's old value comes before that one's own."""
-        addresses = [t.data_ptr() for t in live]
-        if addresses != self._addresses:
-            self._blocks, self._addresses = _cut(live, self.buffers, self._compile), addresses
+        if self._device is None:
+            self._follow_devices(live)
         noise = _Noise(self.seed, step)
-        for block in self._blocks:
+        for block in _cut(live, self.buffers, self._compile):
             _update(block, rows, noise)
+
+    def _follow_devices(self, live: Sequence[Tensor]) -> None:
+        for buffer in self.buffers:
+            for i, tensor in enumerate(buffer):
+                if tensor.device != live[i].device:
+                    buffer[i] = tensor.to(live[i].device)
 
 
 class _Noise:
@@ -103,47 +116,55 @@ class _Noise:
         return self._generators[device]
 
 
-def _cut(live: Sequence[Tensor], buffers: Sequence[Sequence[Tensor]], compile: bool) -> list[_Block]:
-    """Blocks that cover all tensors; within a block, device and dtype of the live pieces are one."""
-    blocks: list[_Block] = []
-    room, kind = 0, None
-    for index in sorted(range(len(live)), key=lambda i: (str(live[i].device), str(live[i].dtype))):
-        tensor, own = live[index], [b[index : index + 1] for b in buffers]
+def _cut(live: Sequence[Tensor], buffers: Sequence[Sequence[Tensor]], compile: bool) -> Iterator[_Block]:
+    """Blocks that cover all tensors, in an order that depends on their kinds and sizes alone."""
+    columns = [(tensor, [b[i] if b else None for b in buffers]) for i, tensor in enumerate(live)]
+    block, kind = _Block(), None
+    for tensor, own in sorted(columns, key=lambda column: str(_kind(*column))):
+        present = [t for t in (tensor, *own) if t is not None]
         size = _CPU_BLOCK if tensor.device.type == "cpu" else _BLOCK
-        whole = compile and tensor.is_contiguous() and tensor.numel() >= _fused.SMALLEST
-        pieces = [tensor]
-        if tensor.is_contiguous():
-            size = max(tensor.numel(), 1) if whole else size
-            pieces = list(tensor.view(-1).split(size))
-            own = [list(b[0].view(-1).split(size)) if b else [] for b in own]
-        for n, piece in enumerate(pieces):
-            if whole or room < piece.numel() or kind != (piece.device, piece.dtype):
-                blocks.append(_Block([], [[] for _ in buffers], whole))
-                room, kind = 0 if whole else size, (piece.device, piece.dtype)
-            room -= piece.numel()
-            blocks[-1].live.append(piece)
-            for into, column in zip(blocks[-1].buffers, own, strict=True):
-                into.extend(column[n : n + 1])
-    return blocks
+        flat = all(t.is_contiguous() for t in present)
+        whole = compile and flat and tensor.numel() >= _fused.SMALLEST
+        for n in range(-(-tensor.numel() // size) if flat and not whole else 1):
+            live_piece = _piece(tensor, n, size, flat, whole)
+            if whole or kind != _kind(tensor, own) or block.room < live_piece.numel():
+                if block.live:
+                    yield block
+                block = _Block([], [[] for _ in buffers], whole, 0 if whole else size)
+                kind = _kind(tensor, own)
+            block.room -= live_piece.numel()
+            block.live.append(live_piece)
+            for pieces, t in zip(block.buffers, own, strict=True):
+                if t is not None:
+                    pieces.append(_piece(t, n, size, flat, whole))
+    if block.live:
+        yield block
+
+
+def _kind(tensor: Tensor, own: Sequence[Tensor | None]) -> tuple[object, ...]:
+    return tuple(None if t is None else (t.device, t.dtype) for t in (tensor, *own))
+
+
+def _piece(tensor: Tensor, n: int, size: int, flat: bool, whole: bool) -> Tensor:
+    if not flat:
+        return tensor
+    return tensor.view(-1) if whole else tensor.view(-1)[n * size : (n + 1) * size]
 
 
 def _update(block: _Block, rows: Sequence[RowUpdate], noise: _Noise) -> None:
-    fused = [row for row in rows if block.whole and _is_lerp(row) and _fits(block, row)]
+    fused = [row for row in rows if block.whole and _can_fuse(block, row)]
     for row in rows:
         if row not in fused:
             _update_row(block, row, noise)
     if fused:
-        gains = torch.tensor([row.live for row in fused], device=block.live[0].device)
+        gains = torch.tensor([row.live for row in fused], dtype=torch.float64, device=block.live[0].device)
         _fused.lerp_all(block.live[0], [block.buffers[row.buffer][0] for row in fused], gains)
 
 
-def _is_lerp(row: RowUpdate) -> bool:
-    return not row.others and row.keep > 0.0
-
-
-def _fits(block: _Block, row: RowUpdate) -> bool:
+def _can_fuse(block: _Block, row: RowUpdate) -> bool:
     target = block.buffers[row.buffer][0]
-    return target.dtype != torch.bfloat16 and target.device == block.live[0].device
+    is_lerp = not row.others and row.keep > 0.0
+    return is_lerp and target.dtype != torch.bfloat16 and target.device == block.live[0].device
 
 
 def _update_row(block: _Block, row: RowUpdate, noise: _Noise) -> None:

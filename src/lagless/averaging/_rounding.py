@@ -1,8 +1,8 @@
 """Stochastic rounding from float32 to bfloat16.
 
-Round-to-nearest loses an update smaller than half a unit in the last place for good, so a bfloat16 EMA with decay
-.999 never moves. Rounding up with probability equal to the fraction cut off keeps the expected value exact, and the
-average moves.
+Round-to-nearest loses an update smaller than half a unit in the last place for good, so a bfloat16 EMA with decay .999
+never moves. Rounding up with probability equal to the fraction cut off keeps the expected value exact, and the average
+moves.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 def stochastic_round_(target: Tensor, value: Tensor, generator: torch.Generator) -> None:
     """Write ``value`` into ``target``, rounding up or down at random so that the expectation is ``value``.
 
-    A float32 keeps 16 bits more than a bfloat16. Adding a uniform 16-bit integer to its bits and cutting them off
-    carries into the part that stays with exactly the wanted probability. Infinities and NaN pass through.
+    A float32 has 16 bits more than a bfloat16. Adding a uniform 16-bit integer to its bits and cutting them off carries
+    into the part that stays with exactly the wanted probability. Infinities and NaN pass through.
 
     Args:
         target: bfloat16, same shape; overwritten.
@@ -24,6 +24,8 @@ def stochastic_round_(target: Tensor, value: Tensor, generator: torch.Generator)
     """
     bits = value.view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
-    finite = torch.isfinite(value)
-    bits.add_(noise.mul_(finite)).bitwise_and_(torch.where(finite, -(1 << 16), -1))
+    special = ~torch.isfinite(value)
+    noise.masked_fill_(special, 0)
+    # A NaN whose payload lies in the low bits would turn into an infinity if they were cut off: let the copy round it.
+    torch.where(special, bits, bits.add(noise).bitwise_and_(-(1 << 16)), out=bits)
     target.copy_(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
@@ -17,27 +18,52 @@ class StoredStart:
     Args:
         path: a model folder or weights file.
         names: the tensors to find in it.
-        live: the live tensors, which must equal the stored ones bit for bit.
+        aliases: further names of tied tensors.
+        live: the live tensors.
+
+    Attributes:
+        mismatch: why the live weights are not θ_0, if they differ from the stored ones; a state that is loaded makes
+            up for that.
 
     Raises:
-        ValueError: if a tensor is missing or differs from the live one.
+        ValueError: if a tensor is missing.
     """
 
-    def __init__(self, path: str | PathLike[str], names: list[str], live: list[Tensor]) -> None:
+    def __init__(
+        self, path: str | PathLike[str], names: list[str], aliases: Mapping[str, str], live: list[Tensor]
+    ) -> None:
         self.path = Path(path)
         self.fingerprint = fingerprint(self.path)
+        self.mismatch: str | None = None
         self._verified = _stamp(self.path)
         checkpoint = open_checkpoint(self.path)
+        self._stored_names: dict[str, str] = {}
         for name, tensor in zip(names, live, strict=True):
-            if name not in checkpoint.tensors:
-                raise ValueError(
-                    f"start={str(path)!r} has no tensor {name!r}, which is averaged; give the base of this very model."
+            known = [
+                n for n in (name, *(a for a, first in aliases.items() if first == name)) if n in checkpoint.tensors
+            ]
+            if not known:
+                raise ValueError(f"start={str(path)!r} has no tensor {name!r}; give the base of this very model.")
+            self._stored_names[name] = known[0]
+            if self.mismatch is None and not torch.equal(checkpoint.read_tensor(known[0]).to(tensor.device), tensor):
+                self.mismatch = (
+                    f"start={str(path)!r}: {name} differs from the live weights at the start, so this is not θ_0. Make "
+                    "the Averager right after loading that checkpoint, in the same dtype; or, to resume, load the "
+                    "averager's state before the first update."
                 )
-            if not torch.equal(checkpoint.read_tensor(name).to(tensor.device), tensor):
-                raise ValueError(
-                    f"start={str(path)!r}: {name} differs from the live weights, so it is not θ_0 of this run. "
-                    "Make the Averager right after loading that checkpoint, in the same dtype, or leave start out."
-                )
+
+    def stored_name(self, name: str) -> str:
+        """The name under which the checkpoint holds the tensor ``name``."""
+        return self._stored_names[name]
+
+    def require_verified(self) -> None:
+        """Refuse to go on when the live weights did not start at the stored ones.
+
+        Raises:
+            ValueError: naming the first tensor that differs.
+        """
+        if self.mismatch is not None:
+            raise ValueError(self.mismatch)
 
     def open(self) -> Checkpoint:
         """The checkpoint, after checking that its content is still what it was."""

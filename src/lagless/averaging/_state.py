@@ -54,37 +54,52 @@ def load_file(path: str | PathLike[str]) -> State:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); use an earlier checkpoint.") from error
 
 
-def check_same(state: State, expected: State) -> None:
-    """Refuse a state that belongs to other rules, other parameters or another storage.
+def match(state: State, expected: State) -> dict[str, Tensor]:
+    """The tensors of ``state`` under the names of ``expected``; refused if it belongs to something else.
 
     Raises:
-        ValueError: naming the first difference and the remedy.
+        ValueError: if rules, parameters, storage or base checkpoint differ, naming the first difference and the remedy.
     """
-    meta, wanted = state["meta"], expected["meta"]
-    if meta.get("format") != FORMAT:
-        raise ValueError(
-            f"averager state has format {meta.get('format')!r}; this lagless reads {FORMAT}. Update lagless."
-        )
-    if meta["rules"] != wanted["rules"]:
-        raise ValueError(
-            f"averager state was made with rules {meta['rules']}, this Averager has {wanted['rules']}. "
-            "Make the Averager with the same rules and names, or start new averages."
-        )
-    if (meta["start"] or {}).get("fingerprint") != (wanted["start"] or {}).get("fingerprint"):
-        raise ValueError(
-            f"averager state was made with start={meta['start']}, this Averager has start={wanted['start']}. "
-            "Give the same base checkpoint."
-        )
-    have, need = state["tensors"], expected["tensors"]
-    if have.keys() != need.keys():
-        missing, surplus = sorted(need.keys() - have.keys()), sorted(have.keys() - need.keys())
+    try:
+        meta, wanted, have, need = state["meta"], expected["meta"], state["tensors"], expected["tensors"]
+        if meta["format"] != FORMAT:
+            raise ValueError(
+                f"averager state has format {meta['format']!r}; this lagless reads {FORMAT}. Update lagless."
+            )
+        if meta["rules"] != wanted["rules"]:
+            raise ValueError(
+                f"averager state was made with rules {meta['rules']}, this Averager has {wanted['rules']}. "
+                "Make the Averager with the same rules and names, or start new averages."
+            )
+        if (meta["start"] or {}).get("fingerprint") != (wanted["start"] or {}).get("fingerprint"):
+            raise ValueError(
+                f"averager state was made with start={meta['start']}, this Averager has start={wanted['start']}. "
+                "Give the same base checkpoint."
+            )
+        # Rules in another order share buffers under other names.
+        theirs = {
+            own: other
+            for rule, names in wanted["buffers"].items()
+            for own, other in zip(names, meta["buffers"][rule], strict=True)
+        }
+        counters = isinstance(meta["step"], int) and isinstance(meta["seed"], int)
+        if not counters or meta["last"].keys() != wanted["last"].keys():
+            raise KeyError("step, seed, last")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"this is not the state of an Averager ({error!r}); give what state_dict returned.") from error
+
+    renamed = {name: "/".join([theirs[name.split("/", 1)[0]], name.split("/", 1)[1]]) for name in need}
+    if set(renamed.values()) != have.keys():
+        missing, surplus = sorted(set(renamed.values()) - have.keys()), sorted(have.keys() - set(renamed.values()))
         raise ValueError(
             f"averager state is of another set of parameters: {len(missing)} missing {missing[:3]}, "
             f"{len(surplus)} unexpected {surplus[:3]}. Freeze and wrap the model as when the state was saved."
         )
+    matched = {name: have[other] for name, other in renamed.items()}
     for name, tensor in need.items():
-        if have[name].shape != tensor.shape or have[name].dtype != tensor.dtype:
+        if matched[name].shape != tensor.shape or matched[name].dtype != tensor.dtype:
             raise ValueError(
-                f"averager state: {name} is {have[name].dtype} {tuple(have[name].shape)}, this Averager stores "
+                f"averager state: {name} is {matched[name].dtype} {tuple(matched[name].shape)}, this Averager stores "
                 f"{tensor.dtype} {tuple(tensor.shape)}. Use the same model and the same dtype argument."
             )
+    return matched

@@ -63,6 +63,17 @@ class BEMA(Rule):
         check_number(self, "bias_power", minimum=0.0)
         check_choice(self, "form", FORMS)
         check_power(self, self.form)
+        if self.form == "online" and self.update_after > 0:
+            raise ValueError(
+                f"BEMA: form='online' with update_after={self.update_after}; that form has no burn-in, use 0."
+            )
+        first = self.update_after + self.update_freq
+        alpha = power_clock(self, self.form).alpha(first, self.bias_power)
+        if not alpha <= 1.0:
+            raise ValueError(
+                f"BEMA: bias_power={self.bias_power}, multiplier={self.multiplier}, lag={self.lag} give "
+                f"α = {alpha:g} at the first update (step {first}); α must lie in [0, 1]. Raise lag to at least 1."
+            )
 
     @property
     def timing(self) -> Timing:
@@ -70,7 +81,9 @@ class BEMA(Rule):
 
     @property
     def labels(self) -> tuple[Hashable, ...]:
-        return Start(self.update_after, self.timing.hold), Average(power_gain(self, self.form), self.timing)
+        # What happens before the end of burn-in leaves no trace in the buffers, so neither does hold.
+        timing = Timing(self.update_after, self.update_freq)
+        return Start(self.update_after), Average(power_gain(self, self.form), timing)
 
     def update(self, tick: Tick) -> Update:
         beta = power_gain(self, self.form)(tick)
@@ -128,7 +141,7 @@ class OUEMA(Rule):
     @property
     def labels(self) -> tuple[Hashable, ...]:
         source = None if math.isinf(self.bias_power) else ("debiased", self.multiplier, self.bias_power)
-        return Start(self.update_after, False), Average(power_gain(self), self.timing, source)
+        return Start(self.update_after), Average(power_gain(self), self.timing, source)
 
     def update(self, tick: Tick) -> Update:
         beta, memory = power_gain(self)(tick), self._memory(tick.step)

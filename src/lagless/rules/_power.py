@@ -47,6 +47,7 @@ class PowerRule(Protocol):
 
 def power_clock(rule: PowerRule, form: Form = "algorithm_1") -> PowerClock:
     """The clock whose powers are β and α."""
+    form = "algorithm_1" if form == "trl" else form  # they differ before the end of burn-in only
     return PowerClock(rule.multiplier, rule.lag, rule.update_after, form)
 
 
@@ -65,8 +66,10 @@ def check_power(rule: PowerRule, form: Form = "algorithm_1") -> None:
     base = rule.lag + rule.multiplier * first
     beta = power_gain(rule, form)(Tick(first, rule.update_after, 1)) if base > 0.0 else math.inf
     if not 0.0 < beta <= 1.0:
+        remedy = "Raise lag, so that lag + multiplier * step is at least 1."
+        if form == "online" or beta <= 0.0:
+            remedy = "Choose a multiplier of at most 1." if beta > 1.0 else "Choose a smaller ema_power."
         raise ValueError(
             f"{type(rule).__name__}: ema_power={rule.ema_power}, multiplier={rule.multiplier}, lag={rule.lag} give "
-            f"β = {beta:g} at the first update (step {first}); β must lie in (0, 1]. Raise lag, so that "
-            "lag + multiplier * step is at least 1."
+            f"β = {beta:g} at the first update (step {first}); β must lie in (0, 1]. {remedy}"
         )

@@ -34,10 +34,9 @@ class Read(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Label of a buffer that holds θ_0 (refreshed by burn-in)."""
+    """Label of a buffer that holds θ_0, as it is at the end of burn-in."""
 
     update_after: int
-    hold: bool
 
 
 class Average(NamedTuple):
