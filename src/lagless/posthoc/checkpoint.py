@@ -79,7 +79,7 @@ class Checkpoint:
             raise ValueError(
                 f"read_range: [{start}, {stop}) is not a range of tensor {name!r}, which has {info.numel} elements."
             )
-        out = torch.empty(stop - start, dtype=info.dtype)
+        out = torch.empty(stop - start, dtype=info.dtype, device="cpu")
         with self.reader(name) as reader:
             reader.read(start * info.dtype.itemsize, byte_view(out))
         return out

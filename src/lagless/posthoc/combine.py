@@ -59,9 +59,8 @@ def combine_checkpoints(
 
 def _empty(like: Checkpoint, accumulate: Accumulate) -> dict[str, Tensor]:
     wide = getattr(torch, accumulate)
-    return {
-        name: torch.empty(
-            info.shape, dtype=torch.promote_types(info.dtype, wide) if info.dtype.is_floating_point else info.dtype
-        )
+    types = {
+        name: torch.promote_types(info.dtype, wide) if info.dtype.is_floating_point else info.dtype
         for name, info in like.tensors.items()
     }
+    return {name: torch.empty(like.tensors[name].shape, dtype=dtype, device="cpu") for name, dtype in types.items()}

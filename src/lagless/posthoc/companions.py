@@ -8,6 +8,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from lagless.posthoc.errors import CheckpointError
+
 CARRIED = (
     "config.json",
     "generation_config.json",
@@ -57,12 +59,15 @@ def copy_companions(source: Path, destination: Path, dtype: str = "auto") -> Non
         destination: an existing folder.
         dtype: the type of the weights beside the copies; unless ``"auto"``, ``config.json`` is made to say so, because
             ``from_pretrained`` loads weights in the type that it names.
+
+    Raises:
+        CheckpointError: if ``config.json`` has to be changed and is no JSON object.
     """
     for entry in companions(source):
         if entry.is_dir():
             shutil.copytree(entry, destination / entry.name)
         elif entry.name == "config.json" and dtype != "auto":
-            config = json.loads(entry.read_text(encoding="utf-8"))
+            config = _read_config(entry)
             _set_dtype(config, dtype)
             if "dtype" not in config and "torch_dtype" not in config:
                 config["dtype"] = dtype
@@ -79,6 +84,19 @@ def _has_custom_code(folder: Path) -> bool:
         except (OSError, ValueError, TypeError):
             continue
     return False
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: not a configuration ({error}), so the type of the weights cannot be set in it. Repair it, or "
+            "keep the type with dtype='auto'."
+        ) from error
+    return config
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

@@ -27,9 +27,8 @@ def check_destination(out: Path, sources: Iterable[Path], overwrite: bool) -> No
     """
     resolved = out.resolve()
     for source in sources:
-        if any(
-            place.is_relative_to(resolved) for place in (source.resolve(), source.absolute())
-        ):  # a link, and what it leads to
+        link_and_target = source.absolute(), source.resolve()
+        if any(place.is_relative_to(resolved) for place in link_and_target):
             raise CheckpointError(
                 f"{out}: the output folder holds {source}, which is read. Choose another output folder."
             )

@@ -7,6 +7,7 @@ release the interpreter's lock.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import deque
@@ -146,28 +147,27 @@ class _Product:
 
     def _work(self) -> None:
         keep_open = len(self._sources) * self._workers <= _OPEN_FILES
-        scratch = torch.empty(self._width * WIDEST, dtype=torch.uint8)
+        scratch = torch.empty(self._width * WIDEST, dtype=torch.uint8, device="cpu")
         spaces: dict[torch.dtype, Workspace] = {}
-        with np.errstate(all="ignore"):
-            while not self._stop.is_set():
-                try:
-                    name = self._queue.popleft()
-                except IndexError:
-                    return
-                dtype = self._types[name]
-                if dtype is not None and dtype not in spaces:
-                    spaces[dtype] = Workspace(self._weights, self._width, dtype, scratch)
-                with ExitStack() as stack:
-                    readers = [stack.enter_context(source.reader(name, keep_open)) for source in self._sources]
-                    digests = [xxhash.xxh3_128() for _ in readers]
-                    for start in range(0, self._tensors[name].numel, self._width):
-                        if self._stop.is_set():
-                            return
-                        if dtype is None:
-                            self._copy(name, start, scratch, readers, digests)
-                        else:
-                            self._sum(name, start, spaces[dtype], readers, digests)
-                self.digests[name] = [digest.hexdigest() for digest in digests]
+        while not self._stop.is_set():
+            try:
+                name = self._queue.popleft()
+            except IndexError:
+                return
+            dtype = self._types[name]
+            if dtype is not None and dtype not in spaces:
+                spaces[dtype] = Workspace(self._weights, self._width, dtype, scratch)
+            with ExitStack() as stack:
+                readers = [stack.enter_context(source.reader(name, keep_open)) for source in self._sources]
+                digests = [xxhash.xxh3_128() for _ in readers]
+                for start in range(0, self._tensors[name].numel, self._width):
+                    if self._stop.is_set():
+                        return
+                    if dtype is None:
+                        self._copy(name, start, scratch, readers, digests)
+                    else:
+                        self._sum(name, start, spaces[dtype], readers, digests)
+            self.digests[name] = [digest.hexdigest() for digest in digests]
 
     def _sum(
         self, name: str, start: int, space: Workspace, readers: list[Reader], digests: list[xxhash.xxh3_128]
@@ -176,9 +176,9 @@ class _Product:
         for row, (source, reader, digest) in enumerate(zip(self._sources, readers, digests, strict=True)):
             space.load(row, reader, source.tensors[name], start, count, digest)
         block = space.multiply(count)
-        if not all(np.isfinite(block[row].sum()) for row in self._checked):
+        if not all(math.isfinite(block[row].sum().item()) for row in self._checked):
             self._refuse_nonfinite(name, start, space.rows[:, :count])
-        self._consumer(name, start, torch.from_numpy(block))
+        self._consumer(name, start, block)
         self._report(name, count)
 
     def _copy(
@@ -194,12 +194,13 @@ class _Product:
         self._consumer(name, start, part.view(info.dtype).expand(len(self._weights), count))
         self._report(name, count)
 
-    def _refuse_nonfinite(self, name: str, start: int, rows: NDArray) -> None:
+    def _refuse_nonfinite(self, name: str, start: int, rows: Tensor) -> None:
         """Name the value that made a sum non-finite; finite values whose sum overflows are no reason to refuse."""
         for source, row in zip(self._sources, rows, strict=True):
-            if (bad := np.flatnonzero(~np.isfinite(row))).size:
+            if len(bad := (~torch.isfinite(row)).nonzero()):
+                first = int(bad[0])
                 raise CheckpointError(
-                    f"{source.file_of(name)}: tensor {name!r} has {row[bad[0]]} at element {start + int(bad[0])}. The "
+                    f"{source.file_of(name)}: tensor {name!r} has {row[first].item()} at element {start + first}. The "
                     "run has diverged or the file is damaged: leave this checkpoint out, or average it as it is with "
                     "allow_nonfinite (--allow-nonfinite)."
                 )

@@ -44,13 +44,8 @@ class ModelWriter:
     def __init__(
         self, out: Path, names: Sequence[str], layout: Layout, companions: Path | None = None, dtype: str = "auto"
     ) -> None:
-        self._out, self._names, self._layout, self._companions, self._dtype = (
-            out,
-            list(names),
-            layout,
-            companions,
-            dtype,
-        )
+        self._out, self._names, self._layout = out, list(names), layout
+        self._companions, self._dtype = companions, dtype
         self._stack = ExitStack()
         self._folders: list[Path] = []
         self._descriptors: dict[Path, int] = {}
@@ -147,7 +142,7 @@ class ModelWriter:
                     "Free some space, write fewer models at once, or choose another output folder."
                 ) from error
             raise CheckpointError(
-                f"{self._out}: writing failed ({error.strerror or error}). Nothing was kept."
+                f"{self._out}: writing failed ({error.strerror or error}). Nothing was kept; check the disk."
             ) from error
 
 
