@@ -85,7 +85,7 @@ def trajectory_weights(rule: Rule, steps: ArrayLike, at: int | None = None) -> F
     >>> trajectory_weights(EMA(decay=0.5), [0, 1, 2, 3]).tolist()
     [0.125, 0.125, 0.25, 0.5]
     """
-    times = _check_steps(steps)
+    times = check_steps(steps)
     end = len(times) - 1 if at is None else _index(times, at)
     past = times[: end + 1]
     weights = np.zeros(len(times))
@@ -164,7 +164,8 @@ def weight_on_start(weights: ArrayLike) -> float:
     return float(np.asarray(weights, dtype=np.float64)[0])
 
 
-def _check_steps(steps: ArrayLike) -> list[int]:
+def check_steps(steps: ArrayLike) -> list[int]:
+    """Steps as plain integers, required to be strictly increasing and not negative."""
     times = np.asarray(steps)
     if times.ndim != 1 or times.size == 0 or not np.issubdtype(times.dtype, np.integer):
         raise ValueError(

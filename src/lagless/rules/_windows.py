@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -141,6 +142,7 @@ class WindowAverage(Rule):
         return Read(tuple(1.0 / filled if slot < filled else 0.0 for slot in range(self.window)), 0.0)
 
 
+@cache
 def _profile_exponent(width: float) -> float:
     """The largest real root of (s+2)² (s+3) = (s+1)/σ²."""
     inverse = width**-2

@@ -1,0 +1,96 @@
+"""SGD pulled back to its own exponential average, on any stochastic gradient, and the plain SGD hidden in it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lagless._validation import require_integer
+from lagless.filters import FloatArray
+from lagless.theory._pull import PullRecursion
+
+
+class PulledState(NamedTuple):
+    """θ_k and ema_k, arrays shaped like the start; overwritten by no later step."""
+
+    iterate: FloatArray
+    average: FloatArray
+
+
+def pulled_sgd(
+    gradient: Callable[[FloatArray], FloatArray], start: ArrayLike, learning_rates: ArrayLike, b: float, c: ArrayLike
+) -> Iterator[PulledState]:
+    """Run SGD with a pull to its average, one state at a time.
+
+        θ_{k+1} = θ_k - η_k g_k + C(ema_k - θ_k)          ema_{k+1} = (1 - β)ema_k + βθ_{k+1}
+
+    Args:
+        gradient: from θ_k to the stochastic gradient g_k, same shape.
+        start: θ and ema before the first step, any shape; leading dimensions may be independent paths.
+        learning_rates: shape (n,), η_k of each step.
+        b: β in (0, 1).
+        c: the diagonal of C, broadcast against ``start``.
+
+    Yields:
+        The n + 1 states, the start first.
+
+    Reference:
+        Au and Block, arXiv 2606.25086, the stylised update.
+    """
+    gain = np.asarray(c, dtype=np.float64)
+    iterate = average = np.array(start, dtype=np.float64)
+    yield PulledState(iterate, average)
+    for eta in np.asarray(learning_rates, dtype=np.float64):
+        iterate = iterate - eta * gradient(iterate) + gain * (average - iterate)
+        average = (1.0 - b) * average + b * iterate
+        yield PulledState(iterate, average)
+
+
+def hidden_iterate(state: PulledState, b: float, c: ArrayLike) -> FloatArray:
+    """The combination of iterate and average that does plain SGD.
+
+        x = ema + (β/B)(1 - C)(θ - ema),   B = β + (1 - β)C,     x_{k+1} = x_k - (ηβ/B) g_k
+
+    Exact for any gradients: its learning rate is η at c = 0 and βη at c = 1.
+
+    Args:
+        state: θ_k and ema_k.
+        b: β in (0, 1).
+        c: the diagonal of C, broadcast against the state.
+
+    Reference:
+        Au and Block, arXiv 2606.25086, proof of Theorem 3.
+    """
+    gain = np.asarray(c, dtype=np.float64)
+    weight = b / (b + (1.0 - b) * gain) * (1.0 - gain)
+    return state.average + weight * (state.iterate - state.average)
+
+
+def simulate_recursion(recursion: PullRecursion, steps: int, paths: int, seed: int) -> PulledState:
+    """Independent paths of ``recursion`` with Gaussian noise, started at the minimum, after ``steps`` steps.
+
+    Args:
+        recursion: a, b, c, σ.
+        steps: ≥ 1. The law is stationary up to a factor 1 - ρ^(2·steps) in its variances.
+        paths: ≥ 1.
+        seed: of the noise.
+
+    Returns:
+        θ and ema, shape (paths,) each.
+
+    Raises:
+        ValueError: if ``steps`` or ``paths`` is not a positive integer.
+    """
+    require_integer("steps", steps, minimum=1)
+    require_integer("paths", paths, minimum=1)
+    rng = np.random.default_rng(seed)
+
+    def gradient(iterate: FloatArray) -> FloatArray:
+        return recursion.a * iterate + recursion.sigma * rng.standard_normal(paths)
+
+    states = pulled_sgd(gradient, np.zeros(paths), np.ones(steps), recursion.b, recursion.c)
+    return deque(states, maxlen=1)[0]
