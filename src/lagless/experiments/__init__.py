@@ -1,0 +1,1 @@
+"""Studies that a person starts; the library never imports them."""
