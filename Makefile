@@ -7,8 +7,9 @@ JOBS   ?= 2
 
 .PHONY: demo test lint types docs check bench clean
 
+# Threads that sleep while they wait: spinning ones slow training down several times when the machine is busy.
 demo: $(STAMP)
-	$(BIN)/lagless demo --out demo-run --overwrite
+	OMP_WAIT_POLICY=passive $(BIN)/lagless demo --out demo-run --overwrite
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS)
@@ -26,6 +27,7 @@ docs: $(STAMP)
 check: test lint types docs
 
 bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/update.py
 	$(BIN)/python benchmarks/checkpoints.py
 

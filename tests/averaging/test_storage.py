@@ -107,7 +107,7 @@ def test_compiled_update_does_not_recompile_when_numbers_change():
 
 def test_blocks_cover_every_element_once():
     live = [torch.arange(n, dtype=torch.float32) for n in (1, _bank._CPU_BLOCK - 1, 3, 2 * _bank._CPU_BLOCK + 7, 0)]
-    blocks = list(_bank._cut(live, [live], compile=False))
+    blocks = list(_bank._cut(live, [live, []], share=True))
     assert sum(p.numel() for block in blocks for p in block.live) == sum(t.numel() for t in live)
     assert all(sum(p.numel() for p in block.live) <= _bank._CPU_BLOCK for block in blocks)
     for block in blocks:

@@ -40,13 +40,11 @@ class _Block:
         live: pieces of the live tensors.
         buffers: for each buffer, its pieces; none for a buffer that is kept elsewhere.
         whole: whether this is one large tensor, for a compiled kernel.
-        room: how many more elements it may take.
     """
 
     live: list[Tensor] = field(default_factory=list)
     buffers: list[list[Tensor]] = field(default_factory=list)
     whole: bool = False
-    room: int = 0
 
 
 class Bank:
@@ -93,7 +91,10 @@ class Bank:
         if self._device is None:
             self._follow_devices(live)
         noise = _Noise(self.seed, step)
-        for block in _cut(live, self.buffers, self._compile):
+        # A single average reads the live weights once in any case: cutting would only cost calls, except that it keeps
+        # converted copies small.
+        converts = any(t.dtype != b[i].dtype for b in self.buffers if b for i, t in enumerate(live))
+        for block in _cut(live, self.buffers, share=converts or len(rows) > 1, compile=self._compile):
             _update(block, rows, noise)
 
     def _follow_devices(self, live: Sequence[Tensor]) -> None:
@@ -116,27 +117,35 @@ class _Noise:
         return self._generators[device]
 
 
-def _cut(live: Sequence[Tensor], buffers: Sequence[Sequence[Tensor]], compile: bool) -> Iterator[_Block]:
-    """Blocks that cover all tensors, in an order that depends on their kinds and sizes alone."""
+def _cut(
+    live: Sequence[Tensor], buffers: Sequence[Sequence[Tensor]], *, share: bool, compile: bool = False
+) -> Iterator[_Block]:
+    """Blocks that cover all tensors, in an order that depends on their kinds and sizes alone.
+
+    Args:
+        live: the live tensors.
+        buffers: the buffers; an empty one is kept elsewhere.
+        share: whether blocks should be small enough to stay in cache.
+        compile: give every large tensor a block of its own.
+    """
     columns = [(tensor, [b[i] if b else None for b in buffers]) for i, tensor in enumerate(live)]
-    block, kind = _Block(), None
+    block, kind, room = _Block(), None, 0
     for tensor, own in sorted(columns, key=lambda column: str(_kind(*column))):
-        present = [t for t in (tensor, *own) if t is not None]
-        size = _CPU_BLOCK if tensor.device.type == "cpu" else _BLOCK
-        flat = all(t.is_contiguous() for t in present)
+        flat = all(t is None or t.is_contiguous() for t in (tensor, *own))
         whole = compile and flat and tensor.numel() >= _fused.SMALLEST
-        for n in range(-(-tensor.numel() // size) if flat and not whole else 1):
-            live_piece = _piece(tensor, n, size, flat, whole)
-            if whole or kind != _kind(tensor, own) or block.room < live_piece.numel():
+        size = _CPU_BLOCK if share and tensor.device.type == "cpu" else _BLOCK
+        size = tensor.numel() if whole else size
+        parts = [None if t is None else _pieces(t, size, flat) for t in own]
+        for n, piece in enumerate(_pieces(tensor, size, flat)):
+            if whole or room < piece.numel() or kind != _kind(tensor, own):
                 if block.live:
                     yield block
-                block = _Block([], [[] for _ in buffers], whole, 0 if whole else size)
-                kind = _kind(tensor, own)
-            block.room -= live_piece.numel()
-            block.live.append(live_piece)
-            for pieces, t in zip(block.buffers, own, strict=True):
-                if t is not None:
-                    pieces.append(_piece(t, n, size, flat, whole))
+                block, kind, room = _Block([], [[] for _ in buffers], whole), _kind(tensor, own), 0 if whole else size
+            room -= piece.numel()
+            block.live.append(piece)
+            for into, part in zip(block.buffers, parts, strict=True):
+                if part is not None:
+                    into.append(part[n])
     if block.live:
         yield block
 
@@ -145,10 +154,8 @@ def _kind(tensor: Tensor, own: Sequence[Tensor | None]) -> tuple[object, ...]:
     return tuple(None if t is None else (t.device, t.dtype) for t in (tensor, *own))
 
 
-def _piece(tensor: Tensor, n: int, size: int, flat: bool, whole: bool) -> Tensor:
-    if not flat:
-        return tensor
-    return tensor.view(-1) if whole else tensor.view(-1)[n * size : (n + 1) * size]
+def _pieces(tensor: Tensor, size: int, flat: bool) -> tuple[Tensor, ...]:
+    return tensor.view(-1).split(size) if flat and 0 < size <= tensor.numel() else (tensor,)
 
 
 def _update(block: _Block, rows: Sequence[RowUpdate], noise: _Noise) -> None:
