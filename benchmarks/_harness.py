@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def measure(candidates: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds per call. Each round runs every candidate once, so that a slow moment of the machine hits them all."""
+    """Median seconds per call. Each round runs every candidate once: a slow moment of the machine hits them all."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(warmup + repeats):
         for name, call in candidates.items():

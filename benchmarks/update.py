@@ -48,7 +48,8 @@ def main() -> None:
     base, one = seconds["torch._foreach_lerp_"], max(seconds["lagless, EMA"], seconds["lagless, BEMA"])
     print(f"GPT-2 124M, float32, {size / 1e6:.0f} MB, {arguments.repeats} repeats, medians")
     for name, s in seconds.items():
-        print(f"{name:36s} {s * 1e3:9.2f} ms   {s / base:6.2f} x _foreach_lerp_   {3 * size / s / 1e9:6.1f} GB/s of 3 accesses")
+        share, bandwidth = s / base, 3 * size / s / 1e9
+        print(f"{name:36s} {s * 1e3:9.2f} ms   {share:6.2f} x _foreach_lerp_   {bandwidth:6.1f} GB/s of 3 accesses")
     report(
         f"update-{arguments.device}",
         {"parameters": size // 4, "repeats": arguments.repeats, "seconds": seconds, "extra_copies": memory},

@@ -102,3 +102,14 @@ def test_bad_input_ends_with_exit_code_2_and_leaves_nothing(run, tmp_path, monke
 def test_module_is_the_command():
     result = subprocess.run([sys.executable, "-m", "lagless", "--version"], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("lagless 0.")
+
+
+def test_theory_check_prints_statements_and_slips(monkeypatch, capsys):
+    assert lagless(monkeypatch, "theory", "check", "--dimension", "2", "--seed", "3") == 0
+    printed = capsys.readouterr().out
+    assert "Theorem 5" in printed and "Slips of arXiv 2508.00180" in printed and "NO" not in printed
+
+
+def test_theory_choose_needs_numbers(monkeypatch, capsys):
+    assert lagless(monkeypatch, "theory", "choose", "--steps", "100") == 2
+    assert "--curvature-min" in capsys.readouterr().err

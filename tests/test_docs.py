@@ -8,8 +8,10 @@ import pytest
 import lagless
 import lagless.posthoc
 import lagless.testing
+import lagless.theory
 
-REFERENCE = (Path(__file__).parents[1] / "docs" / "reference.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+REFERENCE = "".join(path.read_text() for path in sorted(DOCS.glob("reference*.md")))
 
 
 def public(module):
@@ -19,8 +21,9 @@ def public(module):
 
 
 @pytest.mark.parametrize(
-    "name, value", [pair for module in (lagless, lagless.posthoc, lagless.testing) for pair in public(module)]
+    "name, value",
+    [pair for module in (lagless, lagless.posthoc, lagless.testing, lagless.theory) for pair in public(module)],
 )
 def test_public_names_have_a_docstring_and_a_place_in_the_reference(name, value):
     assert inspect.getdoc(value), f"{name} has no docstring"
-    assert f"::: {name}\n" in REFERENCE, f"{name} is missing in docs/reference.md"
+    assert f"::: {name}\n" in REFERENCE, f"{name} is missing in docs/reference*.md"

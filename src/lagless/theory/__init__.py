@@ -36,6 +36,8 @@ from lagless.theory._curvature import RunEstimate as RunEstimate
 from lagless.theory._curvature import estimate_run as estimate_run
 from lagless.theory._discrete import QuadraticAdamW as QuadraticAdamW
 from lagless.theory._discrete import QuadraticSGD as QuadraticSGD
+from lagless.theory._distance_curves import DistanceCurves as DistanceCurves
+from lagless.theory._distance_curves import distance_curves as distance_curves
 from lagless.theory._estimate import Estimate as Estimate
 from lagless.theory._estimators import Estimator as Estimator
 from lagless.theory._estimators import FlatAverage as FlatAverage
@@ -44,11 +46,6 @@ from lagless.theory._estimators import MaximumLikelihood as MaximumLikelihood
 from lagless.theory._estimators import OUFlatAverage as OUFlatAverage
 from lagless.theory._estimators import PlugInMaximumLikelihood as PlugInMaximumLikelihood
 from lagless.theory._estimators import debiased as debiased
-from lagless.theory._figures import FIGURE_2_RULES as FIGURE_2_RULES
-from lagless.theory._figures import DistanceCurves as DistanceCurves
-from lagless.theory._figures import distance_curves as distance_curves
-from lagless.theory._figures import figure_1 as figure_1
-from lagless.theory._figures import figure_2 as figure_2
 from lagless.theory._gauss_markov import GaussMarkov as GaussMarkov
 from lagless.theory._integrals import integral_covariance as integral_covariance
 from lagless.theory._integrals import integral_cross_covariance as integral_cross_covariance

@@ -15,8 +15,8 @@ from lagless.filters import FloatArray, trajectory_weights
 from lagless.rules import EMA, Rule
 from lagless.schedules import Timing
 from lagless.theory._discrete import QuadraticSGD
-from lagless.theory._rule_grid import default_rules
 from lagless.theory._risk import Risk
+from lagless.theory._rule_grid import default_rules
 
 Measure = Literal["loss", "distance"]
 MEASURES: tuple[Measure, ...] = ("loss", "distance")
@@ -80,7 +80,11 @@ class AveragingProblem:
         a = self.curvatures
         scale = np.sqrt((0.5 * a if measure == "loss" else np.ones_like(a)) / len(a))
         return QuadraticSGD(
-            A=np.diag(a), mu=np.zeros_like(a), theta0=scale * self.distance, lr=self.lr, Sigma=np.diag(scale * self.noise)
+            A=np.diag(a),
+            mu=np.zeros_like(a),
+            theta0=scale * self.distance,
+            lr=self.lr,
+            Sigma=np.diag(scale * self.noise),
         )
 
 

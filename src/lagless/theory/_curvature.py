@@ -69,10 +69,10 @@ class RunEstimate:
 
 
 class _Window(NamedTuple):
-    """Iterates ``first`` to the last, ``spacing`` optimizer steps apart."""
+    """The last ``length`` iterates, from ``first`` on, ``spacing`` optimizer steps apart."""
 
     first: int
-    count: int
+    length: int
     spacing: int
 
 
@@ -84,9 +84,10 @@ def estimate_run(moments: TrajectoryMoments) -> RunEstimate:
         D_k = ½ E(θ_{j+k} - θ_j)² = mean_i v_i (1 - ρ_i^{kΔ}),   ρ_i = 1 - r_i,   v_i = s²/(r_i(2 - r_i)),
 
     averaged over eigen-directions, with rates r_i = lr·a_i and step noise s = lr·σ. The r_i are taken to be spread
-    evenly in log r from r_min to r_max, as in :class:`AveragingProblem`, and the three numbers are fitted to D_k over lags up to half the stationary
-    part. Differences need no mean to be subtracted, which in a short window would bias the rates upwards. The distance
-    is that from θ_0 to the mean of the stationary part, less what is noise in that mean.
+    evenly in log r from r_min to r_max, as in :class:`AveragingProblem`, and the three numbers are fitted to D_k over
+    lags up to half the stationary part. Differences need no mean to be subtracted, which in a short window would bias
+    the rates upwards. The distance is that from θ_0 to the mean of the stationary part, less what is noise in that
+    mean.
 
     What can be known, and from what:
 
@@ -94,8 +95,8 @@ def estimate_run(moments: TrajectoryMoments) -> RunEstimate:
       faster one is forgotten between two checkpoints; both only bound the rate, and are refused.
     * the noise alone, if Δ·r is small: then D_1 ≈ ½Δs² whatever the rates are. If Δ·r is large, only the ratio s²/r.
     * the distance only if the run has forgotten θ_0.
-    * with equal noise in all directions. If noise grows with curvature, as near a minimum of the likelihood,
-      fast directions count more and the range is tilted upwards.
+    * what a spectrum of this kind with equal noise in all directions would look like. Where noise grows with
+      curvature, fast directions count more and the range moves up; where curvatures cluster, its ends mean little.
     * a range too narrow to be told from a single rate (less than two standard errors) is reported as one rate.
 
     Rounded checkpoints (bfloat16) add noise of their own, which looks like a fast direction: use float32 ones.
@@ -111,7 +112,7 @@ def estimate_run(moments: TrajectoryMoments) -> RunEstimate:
     squares = moments.squared_differences()
     _require_checkpoints(moments)
     window = _stationary_part(squares, moments.steps)
-    lags = _lags(window.count)
+    lags = _lags(window.length)
     inside = squares[:, window.first :, window.first :]
     observed = np.stack([_variogram(inside, lag) for lag in lags], axis=1)
     fit = fit_spectrum(np.array(lags) * window.spacing, observed, COORDINATES)
@@ -123,7 +124,7 @@ def estimate_run(moments: TrajectoryMoments) -> RunEstimate:
         distance=_distance(squares, window, fit),
         first_step=moments.steps[window.first],
         last_step=moments.steps[-1],
-        checkpoints=window.count,
+        checkpoints=window.length,
         coordinates=moments.coordinates,
         misfit=fit.misfit,
     )
@@ -133,13 +134,13 @@ def _require_checkpoints(moments: TrajectoryMoments) -> None:
     count = len(moments.steps) - 1
     if count < LEAST_CHECKPOINTS:
         raise ValueError(
-            f"{count} checkpoints after θ_0; fluctuations can be told from drift with {LEAST_CHECKPOINTS} or more. Store "
-            "checkpoints more often, or give curvature and noise yourself."
+            f"{count} checkpoints after θ_0; fluctuations can be told from drift with {LEAST_CHECKPOINTS} or more. "
+            "Store checkpoints more often, or give curvature and noise yourself."
         )
     if (spread := set(np.diff(moments.steps[1:]).tolist())) != {moments.steps[2] - moments.steps[1]}:
         raise ValueError(
             f"checkpoints lie {', '.join(map(str, sorted(spread)))} steps apart; the estimator needs one spacing after "
-            "θ_0. Choose evenly spaced ones (--steps)."
+            "θ_0. Choose evenly spaced ones (steps)."
         )
 
 
@@ -160,7 +161,7 @@ def _stationary_part(squares: FloatArray, steps: list[int]) -> _Window:
         "the run has no stationary part: over its last checkpoints the iterates still move "
         f"{abs(worst):.0%} {'more' if worst > 0 else 'less'} in the first half than in the second. Either it is still "
         "on its way, or its learning rate changes. Train longer at a constant rate, choose checkpoints of such a part "
-        "(--steps), or give curvature and noise yourself."
+        "(steps), or give curvature and noise yourself."
     )
 
 
@@ -191,18 +192,20 @@ def _lags(count: int) -> list[int]:
 
 
 def _require_resolved(fit: Fit, window: _Window) -> None:
-    span = window.count * window.spacing
+    span = window.length * window.spacing
     slow, fast = (end.standard_error / end.mean for end in (fit.rate_min, fit.rate_max))
-    if fit.rate_max.mean * window.spacing > _FORGOTTEN or not (fast < _UNRESOLVED or slow < fast):
+    forgotten = fit.rate_max.mean * window.spacing > _FORGOTTEN
+    if not forgotten and (fit.rate_min.mean * span < _RELAXATIONS or not slow < _UNRESOLVED):
         raise ValueError(
-            f"the fastest direction cannot be seen: it is forgotten within the {window.spacing} steps between two "
-            f"checkpoints (estimated rate {fit.rate_max.mean:.2g} per step, relative error {fast:.2g}). Store checkpoints "
-            "more often, or give curvature_min and curvature_max yourself."
+            f"the slowest direction cannot be seen: in the {span} steps that look stationary it moves like a random "
+            f"walk (estimated rate {fit.rate_min.mean:.2g} per step, relative error {slow:.2g}). Train longer, or "
+            "give curvature_min and curvature_max yourself."
         )
-    if fit.rate_min.mean * span < _RELAXATIONS or not (slow < _UNRESOLVED and fast < _UNRESOLVED):
+    if forgotten or not fast < _UNRESOLVED:
         raise ValueError(
-            f"the slowest direction cannot be seen: in the {span} steps that look stationary it moves like a random walk "
-            f"(estimated rate {fit.rate_min.mean:.2g} per step, relative error {slow:.2g}). Train longer, or give "
+            f"the fastest direction cannot be seen: with {window.spacing} steps between two checkpoints it is "
+            f"forgotten from one to the next, or lost in noise (estimated rate {fit.rate_max.mean:.2g} per step, "
+            f"relative error {fast:.2g}). Store checkpoints more often, look at more parameters, or give "
             "curvature_min and curvature_max yourself."
         )
 
@@ -212,7 +215,7 @@ def _distance(squares: FloatArray, window: _Window, fit: Fit) -> Estimate:
     to_start = squares[:, 0, window.first :].mean(axis=1)
     within = squares[:, window.first :, window.first :].mean(axis=(1, 2))
     groups = to_start - 0.5 * within
-    squared = groups.mean() - mean_variance(fit, window.count, window.spacing, COORDINATES)
+    squared = groups.mean() - mean_variance(fit, window.length, window.spacing, COORDINATES)
     error = groups.std(ddof=1) / np.sqrt(len(groups))
     root = float(np.sqrt(max(squared, 0.0)))
     # Where the square is within its error of 0, so is the root, and the error of a root is the root of the error.

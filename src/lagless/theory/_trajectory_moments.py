@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lagless.filters import FloatArray
-from lagless.filters import _check_steps as check_steps
+from lagless.filters import FloatArray, check_steps
 
 
 class TrajectoryMoments:
@@ -62,6 +61,7 @@ class TrajectoryMoments:
             self._gram[self._next] += part @ part.T
             self._counts[self._next] += part.shape[1]
             self._next = (self._next + 1) % groups
+        self._next = (self._next + 1) % groups  # so that what recurs in every block does not recur in one group
 
     def squared_differences(self) -> FloatArray:
         """s, shape (groups, N, N).
@@ -71,7 +71,8 @@ class TrajectoryMoments:
         """
         if not self._counts.all():
             raise ValueError(
-                f"{self.coordinates} coordinates for {len(self._counts)} groups; standard errors need at least one each."
+                f"{self.coordinates} coordinates for {len(self._counts)} groups; standard errors need at least one "
+                "each."
             )
         gram = self._gram / self._counts[:, None, None]
         size = np.diagonal(gram, axis1=1, axis2=2)

@@ -1,11 +1,10 @@
-"""The command line: ``lagless demo | average | inspect``. What commands do lives in the modules they call."""
+"""``lagless average`` and ``lagless inspect``."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,17 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from lagless._version import __version__
+from lagless.cli._console import err, out
 from lagless.filters import common_update_freq
 from lagless.posthoc import (
     AverageSummary,
-    CheckpointError,
     RunSummary,
     Trajectory,
     average_checkpoints,
@@ -33,16 +29,6 @@ from lagless.posthoc import (
 from lagless.posthoc.layout import parse_size
 from lagless.posthoc.product import Accumulate
 from lagless.rules import Rule, rules_from_settings
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Train for the model you return: averaged weights without the lag.",
-)
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
 
 Runs = Annotated[
     list[Path],
@@ -78,28 +64,6 @@ _SETTINGS = {
 }
 
 
-def main() -> None:
-    """Entry point: bad input ends with a message on standard error and exit code 2."""
-    try:
-        app()
-    except (CheckpointError, ValueError, OSError, ImportError) as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(2)
-
-
-def _version(show: bool) -> None:
-    if show:
-        out.print(f"lagless {__version__}", highlight=False)
-        raise typer.Exit
-
-
-@app.callback()
-def _lagless(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-) -> None:
-    """Train for the model you return: averaged weights without the lag."""
-
-
 def _rule_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace the parameter ``settings`` of ``command`` by one option for every argument that a rule can have."""
     own = inspect.signature(command, eval_str=True)
@@ -124,7 +88,6 @@ def _rule_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-@app.command()
 @_rule_options
 def average(
     run: Runs,
@@ -182,7 +145,6 @@ def average(
         out.print(f"{verb} to {summary.path} ({decimal(summary.nbytes)})", highlight=False, markup=False)
 
 
-@app.command("inspect")
 @_rule_options
 def inspect_command(
     run: Runs,
@@ -212,22 +174,6 @@ def inspect_command(
     if summary.averages:
         _print_averages(summary.averages)
         _print_weights(summary)
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to make.")] = Path("lagless-demo"),
-    steps: Annotated[int, typer.Option(help="Optimizer steps; everything else scales with them.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of initialisation, data order and samples.")] = 0,
-    data: Annotated[
-        list[Path] | None, typer.Option(help="Text files to train on. Default: Python's own library.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT.")] = False,
-) -> None:
-    """Train a small Llama from scratch, follow it with averages, and report what they did. Takes a few minutes."""
-    from lagless.experiments.demo import run_demo
-
-    run_demo(output, steps=steps, seed=seed, data=data, overwrite=overwrite, console=out)
 
 
 def _source(run: list[Path]) -> Path | list[Path]:
