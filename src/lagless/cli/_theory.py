@@ -88,8 +88,7 @@ def figures(
     """Draw every figure of the laboratory, as PNG and as one page that says what to see."""
     from lagless.experiments.laboratory import run_laboratory
 
-    result = run_laboratory(output, seed=seed, overwrite=overwrite, console=out)
-    out.print(f"written to {result.page}", highlight=False, markup=False)
+    run_laboratory(output, seed=seed, overwrite=overwrite, console=out)
 
 
 @app.command()
