@@ -12,8 +12,7 @@ from lagless.theory import (
     OrnsteinUhlenbeck,
     averages_along,
     cramer_rao,
-    figure_1,
-    figure_2,
+    distance_curves,
     sampled_risks,
 )
 
@@ -166,23 +165,25 @@ def test_adamw_runs_through_the_same_rules():
     assert found["ema"].total < 0.5 * found["live"].total
 
 
-def test_figures():
-    curves = figure_2(steps=200, paths=200)
-    assert len(curves.exact) == 10 and curves.times[-1] == pytest.approx(0.6)
+FIGURE_2 = {
+    "EMA": EMA(ema_power=1.0),
+    "OUEMA": OUEMA(ema_power=1.0, update_freq=1),
+    "BEMA": BEMA(ema_power=1.0, update_freq=1),
+}
+
+
+def test_distance_curves_are_sampled_and_exact():
+    process = OrnsteinUhlenbeck(np.eye(20), mu=0.0, theta0=1.0, eta=0.003, Sigma=1.0)
+    curves = distance_curves(process, FIGURE_2, steps=200, paths=200)
+    assert curves.exact.keys() == FIGURE_2.keys() and curves.times[-1] == pytest.approx(0.6)
     assert curves.largest_z() < Z_BOUND
-    final = {name: risk.total[-1] for name, risk in curves.exact.items()}
-    assert final["BEMA"] < final["EMA"] and final["OUEMA"] < final["EMA"]
-    paths = figure_1(steps=50)
-    assert {name: value.shape for name, value in paths.items()} == dict.fromkeys(("iterate", "EMA", "BEMA"), (51, 2))
 
 
 def test_figure_2_as_the_paper_describes_it():
     """OUEMA and BEMA are far ahead of the EMA throughout; BEMA ends below all of them."""
-    from lagless.theory import FIGURE_2_RULES
-
     process = OrnsteinUhlenbeck(np.eye(20), mu=0.0, theta0=1.0, eta=0.003, Sigma=1.0)
     at = range(100, 2001, 100)
-    totals = {name: risk.total for name, risk in process.risks(FIGURE_2_RULES, steps=2000, at=at).items()}
+    totals = {name: risk.total for name, risk in process.risks(FIGURE_2, steps=2000, at=at).items()}
     assert (totals["BEMA"] < 0.85 * totals["EMA"]).all() and (totals["OUEMA"] < 0.85 * totals["EMA"]).all()
     assert totals["BEMA"][-1] < 0.1 * totals["EMA"][-1] and totals["BEMA"][-1] < 0.25 * totals["OUEMA"][-1]
 
