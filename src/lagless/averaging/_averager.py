@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lagless._validation import require_integer
+from lagless.averaging._attachment import Attachment
 from lagless.averaging._bank import Bank, RowUpdate
 from lagless.averaging._live import LiveTensors, Source
 from lagless.averaging._start import StoredStart
@@ -93,7 +94,7 @@ class Averager:
                 require_updates(rule, require_integer("total_steps", total_steps, minimum=0), after=step)
         self._live = LiveTensors(source)
         self._applied: str | None = None
-        self._attached: Optimizer | None = None
+        self._attachment: Attachment | None = None
         self._last = {name: Tick(step, max(step, rule.update_after), 0) for name, rule in self.rules.items()}
 
         labels = list(dict.fromkeys(label for rule in self.rules.values() for label in rule.labels))
@@ -163,32 +164,12 @@ class Averager:
             RuntimeError: if it is attached already.
             TypeError: if this is no ``torch.optim.Optimizer``.
         """
-        inner = optimizer
-        if type(optimizer).__module__.partition(".")[0] == "accelerate":
-            inner = getattr(optimizer, "optimizer", optimizer)  # the one whose hooks run
-        if not isinstance(inner, Optimizer):
-            raise TypeError(f"attach needs a torch.optim.Optimizer, not a {type(inner).__name__}; or call update().")
-        if self._attached is not None:
+        if self._attachment is not None and self._attachment.active:
             raise RuntimeError("the Averager is attached to an optimizer already, and every step would count twice.")
-
-        def before(*_: Any) -> None:
-            self._refuse_while_applied("step the optimizer")
-
-        def after(stepped: Optimizer, *_: Any) -> None:
-            # A fused optimizer is stepped even when the scaler found infinities, and leaves the weights alone.
-            found_inf = getattr(stepped, "found_inf", None)
-            if found_inf is None or not bool(found_inf):
-                self.update()
-
-        guard, hook = inner.register_step_pre_hook(before), inner.register_step_post_hook(after)
-        self._attached = inner
-
-        def remove() -> None:
-            guard.remove()
-            hook.remove()
-            self._attached = None
-
-        return Attachment(remove)
+        self._attachment = Attachment(
+            optimizer, before=lambda: self._refuse_while_applied("step the optimizer"), after=self.update
+        )
+        return self._attachment
 
     def updates(self, name: str | None = None) -> int:
         """How many updates the rule ``name`` has had; its average can be read from the first one on."""
@@ -368,13 +349,6 @@ class Averager:
                 yield _combine(terms, live.device, torch.promote_types(live.dtype, torch.float32))
 
         return values()
-
-
-class Attachment:
-    """The tie between an Averager and an optimizer; ``remove()`` cuts it."""
-
-    def __init__(self, remove: Callable[[], None]) -> None:
-        self.remove = remove
 
 
 def _combine(terms: list[tuple[Tensor, float]], device: torch.device, dtype: torch.dtype) -> Tensor:
