@@ -7,6 +7,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
+from rich.cells import cell_len
 
 from lagless import BEMA, EMA, trajectory_weights
 from lagless.cli import main
@@ -84,6 +85,8 @@ BAD = [
     (["average", "RUN", "-o", "OUT", "--memory", "lots"], "size 'lots' is not understood"),
     (["average", "RUN/checkpoint-0", "-o", "OUT"], "give the folder above it"),
     (["inspect", "RUN", "--ema-power", ".2"], "say which rule they belong to"),
+    (["average", "RUN", "-o", "OUT", "--start", "RUN/base"], "base: no such checkpoint"),
+    (["average", "RUN", "-o", "OUT", "--start", "RUN/checkpoint-100"], "Leave --start out"),
     (["average", "RUN", "-o", "RUN/checkpoint-0"], "checkpoint-0"),
 ]
 
@@ -99,6 +102,45 @@ def test_bad_input_ends_with_exit_code_2_and_leaves_nothing(run, tmp_path, monke
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_what_a_user_may_not_expect_is_said(run, monkeypatch, capsys):
+    arguments = ["--rule", "bema", "--rule", "windowaverage", "--update-freq", "200"]
+    assert lagless(monkeypatch, "inspect", run[0], *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "note: bema: update_freq=200 leaves out 1 of 4 checkpoints (steps 100); 100 uses all" in printed
+    assert "of the weight stays on θ_0, and the average trails by" in printed
+    assert "note: windowaverage: θ_0 (step 0) is not one of the snapshots averaged" in printed
+
+
+def test_a_full_disk_is_named(run, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lagless.cli._checkpoints.average_checkpoints", full)
+    assert lagless(monkeypatch, "average", run[0], "-o", tmp_path / "out") == 2
+    assert "the disk is full" in capsys.readouterr().err
+
+
+def test_termination_leaves_nothing_half_written(run, tmp_path):
+    code = f"""
+import sys, time
+import lagless.posthoc.writer as w
+from lagless.cli import main
+original = w.ModelWriter.__call__
+def slow(self, *block):
+    original(self, *block)
+    print("writing", flush=True)
+    time.sleep(3)
+w.ModelWriter.__call__ = slow
+sys.argv = ["lagless", "average", {str(run[0])!r}, "-o", {str(tmp_path / "out")!r}]
+main()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "writing\n"
+        process.terminate()
+        assert process.wait(timeout=60) == 143
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
 def test_module_is_the_command():
     result = subprocess.run([sys.executable, "-m", "lagless", "--version"], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("lagless 0.")
@@ -108,6 +150,9 @@ def test_theory_check_prints_statements_and_slips(monkeypatch, capsys):
     assert lagless(monkeypatch, "theory", "check", "--dimension", "2", "--seed", "3") == 0
     printed = capsys.readouterr().out
     assert "Theorem 5" in printed and "Slips of arXiv 2508.00180" in printed and "NO" not in printed
+    assert "T = 0.25/λ_max = 0.3571" in " ".join(printed.split()) and "→ 8.3377" in printed
+    assert "plug-in MLE" in printed and "OUEMA, τ = 0.5" in printed
+    assert max(map(cell_len, printed.splitlines())) <= 80
 
 
 def test_theory_choose_needs_numbers(monkeypatch, capsys):

@@ -32,9 +32,9 @@ def test_resumed_equals_never_stopped_through_a_file(tmp_path, stop, storage):
             step(weights, n)
             averager.update()
             if interrupt and n == stop:
-                averager.save(tmp_path / "averager.safetensors")
+                averager.save(tmp_path / "new folder" / "averager.safetensors")
                 averager = Averager(weights, RULES, dtype=storage)
-                averager.load(tmp_path / "averager.safetensors")
+                averager.load(tmp_path / "new folder" / "averager.safetensors")
         return {name: averager.read(name) for name in RULES}
 
     whole, resumed = run(False), run(True)

@@ -167,9 +167,9 @@ ERRORS = {
     "steps equal": (lambda m: [[_run(m), _run(m)], [1, 1]], ValueError, "1 is followed by 1; steps must increase"),
     "steps backwards": (lambda m: [_run(m), [20, 10]], ValueError, "20 is followed by 10"),
     "start late": (
-        lambda m: [_run(m), None, _run(m), 10],
+        lambda m: [_run(m), None, _run(m) / "checkpoint-20", 10],
         ValueError,
-        "start_step=10: θ_0 must come before.*at step 10",
+        "is given for step 10, but the run begins with checkpoint-10 at step 10.*Leave --start out",
     ),
     "start_step alone": (
         lambda m: [_run(m), None, None, 3],

@@ -26,6 +26,7 @@ class State(TypedDict):
 def save_file(state: State, path: str | PathLike[str]) -> None:
     """Write ``state`` to one safetensors file; it appears under its name only when complete."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         tensors = {name: tensor.contiguous() for name, tensor in state["tensors"].items()}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
+from safetensors import SafetensorError
 
 from lagless._version import __version__
 from lagless.cli import _theory
@@ -29,11 +32,19 @@ app.add_typer(_theory.app, name="theory")
 
 def main() -> None:
     """Entry point: bad input ends with a message on standard error and exit code 2."""
+    signal.signal(signal.SIGTERM, _terminate)  # so that what is half-written is removed, as after Ctrl-C
     try:
         app()
-    except (CheckpointError, ValueError, OSError, ImportError) as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+    except (CheckpointError, ValueError, OSError, ImportError, SafetensorError) as error:
+        text = str(error)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
+            text = f"the disk is full ({text}). Free some space, or choose another output folder; nothing was kept."
+        err.print(f"[bold red]error:[/] {escape(text)}", highlight=False)
         sys.exit(2)
+
+
+def _terminate(*_: object) -> None:
+    sys.exit(143)
 
 
 def _version(show: bool) -> None:

@@ -28,7 +28,7 @@ from lagless.posthoc import (
 )
 from lagless.posthoc.layout import parse_size
 from lagless.posthoc.product import Accumulate
-from lagless.rules import Rule, rules_from_settings
+from lagless.rules import Rule, WindowAverage, rules_from_settings
 
 Runs = Annotated[
     list[Path],
@@ -214,7 +214,7 @@ def _span(steps: tuple[int, ...]) -> str:
 
 def _print_averages(summaries: Sequence[AverageSummary]) -> None:
     table = Table(box=None, pad_edge=False)
-    table.add_column("average")
+    table.add_column("average", overflow="fold")
     for column in ("mean age (steps)", "effective iterates", "weight on θ_0"):
         table.add_column(column, justify="right")
     table.add_column("settings other than the defaults", overflow="fold")
@@ -222,6 +222,29 @@ def _print_averages(summaries: Sequence[AverageSummary]) -> None:
         numbers = f"{s.mean_age:,.1f}", f"{s.effective_iterates:.2f}", f"{s.weight_on_start:+.4f}"
         table.add_row(s.name, *numbers, _settings_of(s.rule))
     out.print(table, highlight=False)
+    for s in summaries:
+        for note in _notes(s):
+            out.print(f"note: {s.name}: {note}", highlight=False, markup=False)
+
+
+def _notes(s: AverageSummary) -> Iterator[str]:
+    """What a user may not expect of this average."""
+    skipped = [step for step in s.steps[1:] if step > s.rule.update_after and not s.rule.timing.updates(step)]
+    if skipped[-1:] == [s.steps[-1]]:
+        skipped.pop()  # the last one counts in any case
+    if skipped:
+        yield (
+            f"update_freq={s.rule.update_freq} leaves out {len(skipped)} of {len(s.steps)} checkpoints (steps "
+            f"{_span(tuple(skipped))}); {common_update_freq(s.steps, s.rule.update_after)} uses all"
+        )
+    if isinstance(s.rule, WindowAverage):
+        yield f"θ_0 (step {s.steps[0]}) is not one of the snapshots averaged"
+    if s.weight_on_start > 0.2:
+        yield (
+            f"{s.weight_on_start:.0%} of the weight stays on θ_0, and the average trails by {s.mean_age:,.0f} of "
+            f"{s.steps[-1] - s.steps[0]:,} steps; a shorter memory (a smaller ema_power, or an EMA with a "
+            "half_life_fraction) may do better"
+        )
 
 
 def _settings_of(rule: Rule) -> str:

@@ -78,6 +78,10 @@ def read_header(path: Path) -> dict[str, Stored]:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(_LENGTH.size)
+            if start == b"version ":
+                raise CheckpointError(
+                    f"{path}: is a pointer of Git LFS, not the weights. Run git lfs pull in its folder."
+                )
             length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else 0
             if not 2 <= length <= min(_LARGEST_HEADER, size - _LENGTH.size):
                 raise CheckpointError(

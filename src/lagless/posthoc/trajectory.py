@@ -84,11 +84,13 @@ def find_checkpoints(
             f"start_step={start_step} is the step of start, which is not given. Give start, or leave start_step out."
         )
     if start is not None:
+        open_checkpoint(start)  # a wrong path is reported as such
         first = 0 if start_step is None else start_step
         if first >= named[0][0]:
             raise ValueError(
-                f"start_step={first}: θ_0 must come before the first checkpoint, {named[0][1].name}, at step "
-                f"{named[0][0]}. Lower start_step, or leave start out: the earliest checkpoint is θ_0 then."
+                f"start ({Path(start).name}) is given for step {first}, but the run begins with {named[0][1].name} at "
+                f"step {named[0][0]}, which is θ_0 then. Leave --start out, or leave that checkpoint out (--steps), or "
+                "give an earlier --start-step."
             )
         named.insert(0, (first, Path(start)))
     if len(named) < 2:
