@@ -4,7 +4,11 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +24,19 @@ if importlib.util.find_spec("matplotlib") is None:
     pytest.skip("the laboratory draws with matplotlib", allow_module_level=True)
 
 from lagless.experiments.laboratory import (
-    Effort,
     advise,
-    draw_advice,
     estimate_checkpoints,
-    make_primer_figures,
-    run_laboratory,
+    print_advice,
+    print_estimate,
 )
+from lagless.experiments.laboratory._advice_picture import draw_advice
 from lagless.experiments.laboratory._checkpoints import sample_ranges
 from lagless.experiments.laboratory._distances import PROCESS, draw_figure_2, follow_rules, reached, rms, start_distance
 from lagless.experiments.laboratory._drawing import _spread, plain
+from lagless.experiments.laboratory._laboratory import Effort, make_primer_figures, run_laboratory
 from lagless.experiments.laboratory._preconditioning import biases, cancellation, draw_biases, draw_cancellation
 from lagless.experiments.laboratory._primers import PRIMERS
-from lagless.experiments.laboratory._pulls import draw_controls, draw_pull
+from lagless.experiments.laboratory._pulls import draw_controls, draw_guarantees, draw_pull
 from lagless.posthoc import find_checkpoints
 
 PRIMER_TEXTS = sorted((Path(__file__).parents[2] / "docs" / "primers").glob("*.md"))
@@ -104,6 +108,18 @@ def test_the_pull_pays_for_its_limit_with_its_rate():
     assert abs(numbers["c"][best] - numbers["optimal_gain"]) < 0.02
 
 
+def test_guarantees_hold_and_are_paid_for():
+    """Gaps lie below their bounds; the improvement is above 1/(8a), and a matched EMA has as much of it."""
+    numbers = draw_guarantees(paths=50).numbers
+    a, better = numbers["a"], numbers["improvement"]
+    assert (better >= 1.0 / (8.0 * a)).all() and better[0] > 500
+    assert (numbers["slowdown"] >= better).all()
+    np.testing.assert_allclose(numbers["improvement_of_matched_ema"], better, rtol=0.15)
+    for gain, gaps in numbers["gaps"].items():
+        for gap, bound in zip(gaps, numbers["bounds"][gain], strict=True):
+            assert 0.0 < gap["mean"] + 4.5 * gap["standard_error"] < bound
+
+
 def test_controls_are_ordered_as_optimality_demands():
     for found in draw_controls(intervals=200).numbers["costs"].values():
         totals = {name: cost["total"] for name, cost in found.items()}
@@ -144,7 +160,7 @@ def test_numbers_become_plain_json():
 
 def test_the_page_needs_nothing_beside_it_and_every_figure_has_a_caption(laboratory):
     page = laboratory.page.read_text()
-    assert page.count("<img") == page.count("data:image/png;base64,") == len(laboratory.pictures) == 14
+    assert page.count("<img") == page.count("data:image/png;base64,") == len(laboratory.pictures) == 15
     assert not re.search(r"(src|href)='(?!data:|#)", page) and "http" not in page.replace("http-equiv", "")
     for picture in laboratory.pictures:
         assert (laboratory.out / f"{picture.name}.png").stat().st_size > 10_000
@@ -218,9 +234,41 @@ def test_advice_is_printed_with_its_limits_and_drawn(tmp_path):
     assert f"recommended: {advice.recommended.name}" in text
     assert f"{advice.gain(advice.live):.2f} times lower than that of the live weights" in text
     assert "constant learning rate" in text and "held-out data" in text
-    for family in ("live", "EMA(", "BEMA(", "OUEMA(", "DEMA(", "PowerEMA(", "WindowAverage(", "UniformAverage("):
+    for family in ("live  ", "EMA(", "BEMA(", "OUEMA(", "DEMA(", "PowerEMA(", "WindowAverage(", "UniformAverage("):
         assert family in text
     assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
+
+
+def test_calls_can_be_copied_from_a_narrow_terminal():
+    """At 80 columns the table fits, and the call of every setting in it stands unbroken on one line, best first."""
+    console = Console(file=io.StringIO(), width=80)
+    advice = choose(AveragingProblem(**ANSWERS))
+    print_advice(advice, console)
+    lines = console.file.getvalue().splitlines()
+    calls = [line.removeprefix("recommended:").strip() for line in lines if line.endswith(")") and "=" in line]
+    best = [advice.recommended, *(s for s in advice.best_of_families if s is not advice.recommended)]
+    assert calls == [setting.name for setting in best if setting.rule is not None]
+    assert sum(line.strip().startswith(("EMA  ", "PowerEMA  ", "UniformAverage  ")) for line in lines) == 3
+
+
+def test_advice_and_statements_need_no_matplotlib(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('not there')")
+    code = "import lagless.experiments.laboratory, sys; assert 'matplotlib' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    numbers = [f"--{name.replace('_', '-')}={value}" for name, value in ANSWERS.items()]
+    subprocess.run(
+        [sys.executable, "-m", "lagless", "theory", "choose", *numbers],
+        env=environment,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def test_a_bad_seed_is_refused_by_name(tmp_path):
+    command = [sys.executable, "-m", "lagless", "theory", "figures", "--seed", "-1", "-o", str(tmp_path / "out")]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 2 and "seed=-1" in found.stderr
 
 
 def test_advice_says_which_numbers_are_missing(tmp_path):
@@ -264,6 +312,14 @@ def test_checkpoints_give_the_estimate_of_the_trajectory_itself(run):
         (stored.distance, 3),
     ):
         assert abs(found.mean - truth) < 4.5 * found.standard_error
+
+
+def test_a_misfit_beyond_the_standard_errors_is_said(run):
+    estimate = estimate_checkpoints(run[0])
+    for misfit, said in ((0.5 * estimate.sampling_error, False), (2.0 * estimate.sampling_error, True)):
+        console = quiet()
+        print_estimate(replace(estimate, misfit=misfit), console)
+        assert ("more than the standard errors" in console.file.getvalue()) == said
 
 
 def test_a_sample_of_ranges_is_drawn_by_seed_and_covers_all_if_it_may(run, monkeypatch):

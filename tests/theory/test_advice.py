@@ -123,6 +123,10 @@ def test_impossible_problems_are_refused(change, message):
 
 
 def test_bad_questions_are_refused():
+    with pytest.raises(ValueError, match=r"at=151; steps must lie in \[1, 150\]"):
+        risk_curve(PROBLEM, None, [100, 151])
+    with pytest.raises(ValueError, match="at=-1; it must be an integer >= 1"):
+        risk_curve(PROBLEM, EMA(half_life=20), [-1])
     with pytest.raises(ValueError, match="measure='risk'"):
         choose(PROBLEM, measure="risk")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="update_freq"):

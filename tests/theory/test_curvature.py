@@ -99,11 +99,36 @@ def test_the_estimate_becomes_a_problem_in_the_units_asked_for():
         ((0.01, 0.1), 400, 20, "no stationary part"),
         ((0.0001, 0.001), 4000, 20, "slowest direction cannot be seen"),
         ((0.2, 0.6), 4000, 40, "fastest direction cannot be seen"),
+        ((0.005, 0.2), 16_000, 200, "fastest direction cannot be seen"),
+        ((0.005, 0.2), 16_000, 400, "fastest direction cannot be seen"),
+        ((0.005, 0.2), 16_000, 1000, "fastest direction cannot be seen"),
+        ((1.8, 1.8), 1000, 1, "misses them by"),
+        ((0.1, 1.5), 1000, 1, "rates below 1|misses them by"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_it_refuses_where_it_cannot_know(rates, steps, every, message):
     with pytest.raises(ValueError, match=message):
         estimate_run(moments_of(*trajectory(rates, steps, every)))
+
+
+@pytest.mark.parametrize("every", [200, 400])
+@pytest.mark.parametrize("seed", range(2))
+def test_few_coordinates_do_not_make_one_rate_of_a_wide_range(every, seed):
+    with pytest.raises(ValueError, match="cannot be seen"):
+        estimate_run(moments_of(*trajectory((0.005, 0.2), 16_000, every, paths=2, seed=seed)))
+
+
+def test_momentum_is_refused():
+    random = np.random.default_rng(0)
+    weights, velocity, path = np.full(800, DISTANCE), np.zeros(800), [np.full(800, DISTANCE)]
+    for step in range(1, 4001):
+        velocity = 0.9 * velocity + 0.002 * weights + 0.1 * random.normal(size=800)
+        weights = weights - velocity
+        if step % 20 == 0:
+            path.append(weights)
+    with pytest.raises(ValueError, match="not those of SGD.*Momentum"):
+        estimate_run(moments_of(np.array(path), range(0, 4001, 20)))
 
 
 def test_a_decaying_learning_rate_is_no_stationary_part():

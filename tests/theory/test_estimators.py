@@ -15,10 +15,9 @@ from lagless.theory import (
     PlugInMaximumLikelihood,
     cramer_rao,
     debiased,
-    integral_covariance,
-    integral_cross_covariance,
     sampled_estimates,
 )
+from lagless.theory._integrals import integral_covariance, integral_cross_covariance
 
 Z_BOUND = 4.5  # standard errors; seeds are fixed
 A, MU, START, ETA, SIGMA, T = 0.7, 1.3, -2.0, 0.25, 1.5, 3.0
@@ -232,3 +231,11 @@ def test_refusals(line):
         line.risk(PlugInMaximumLikelihood(np.eye(2)), horizon=3.0)
     with pytest.raises(ValueError, match="lipschitz=1.0"):
         cramer_rao(line, 3.0, lipschitz=1.0)
+    for estimator, *_ in TABLE.values():
+        for method in (estimator.bias, estimator.covariance, estimator.risk):
+            for horizon in (-2.0, 0.0, float("nan")):
+                with pytest.raises(ValueError, match="horizon="):
+                    method(line, horizon)
+    for times in ([0.5, 1.0], [0.0], []):
+        with pytest.raises(ValueError, match="the first of them 0"):
+            sampled_estimates(line, {"last": LastIterate()}, times)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lagless.theory import AdamEstimator, EmaWeights, GradientLaw, Moments, one_step_bias, stationary_bias
+from lagless.theory import AdamEstimator, GradientLaw, one_step_bias, stationary_bias
+from lagless.theory._preconditioners import EmaWeights, Moments
 
 ESTIMATORS = {
     "standard": AdamEstimator(),
@@ -338,5 +339,9 @@ def test_bad_arguments_are_refused():
         one_step_bias(ESTIMATORS["standard"], law, 0.9, samples=1, seed=0)
     with pytest.raises(ValueError, match="beta1=nan"):
         stationary_bias(ESTIMATORS["standard"], law, (float("nan"), 0.9), steps=1, chains=2, seed=0)
+    with pytest.raises(ValueError, match="eps=-1e-08; it must be a finite number >= 0"):
+        one_step_bias(ESTIMATORS["standard"], law, 0.9, samples=10, seed=0, eps=-1e-8)
+    with pytest.raises(ValueError, match=r"betas=\(0\.9,\); it must be"):
+        stationary_bias(ESTIMATORS["standard"], law, (0.9,), steps=1, chains=2, seed=0)
     with pytest.raises(ValueError, match="chains=1"):
         stationary_bias(ESTIMATORS["standard"], law, (0.9, 0.9), steps=1, chains=1, seed=0)

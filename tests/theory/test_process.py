@@ -186,6 +186,21 @@ def test_bad_times_are_refused(times):
         OrnsteinUhlenbeck(**GOOD).sample(1, times)
 
 
+def test_bad_moments_in_time_are_refused():
+    process = OrnsteinUhlenbeck(**GOOD)
+    for call in (
+        lambda: process.cov(-1.0, 2.0),
+        lambda: process.cov(1.0, np.nan),
+        lambda: process.mean([1.0, -1.0]),
+        lambda: process.sgd().cov(-1, 2),
+    ):
+        with pytest.raises(ValueError, match="must be a finite number >= 0"):
+            call()
+    for source in (process, process.sgd(), process.adamw(0.1)):
+        with pytest.raises(ValueError, match="paths=0"):
+            source.sample(0, [0, 1])
+
+
 def test_optimizer_arguments_are_refused():
     process = OrnsteinUhlenbeck(**GOOD)
     for changes, message in (

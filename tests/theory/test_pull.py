@@ -11,17 +11,16 @@ from lagless.theory import (
     PullRecursion,
     absolute_value_gap,
     compare_over_spectrum,
-    ema_variance_slope,
     full_pull_improvement,
     hidden_iterate,
     largest_stable_gain,
     matched_ema,
     optimal_gain,
     pulled_sgd,
-    simulate_recursion,
     slowed_sgd,
-    smallest_ema_variance,
 )
+from lagless.theory._pull import ema_variance_slope, smallest_ema_variance
+from lagless.theory._pulled_sgd import simulate_recursion
 
 unit = st.floats(0.01, 0.99)
 recursions = st.builds(PullRecursion, a=st.floats(0.01, 2.5), b=unit, c=st.floats(-1.0, 3.0), sigma=st.floats(0.1, 3.0))
@@ -321,10 +320,40 @@ def test_bad_arguments_are_refused():
         ConvexGuarantee(**{**good, "gains": (1.5,)})
     with pytest.raises(ValueError, match="one number per coordinate"):
         ConvexGuarantee(**{**good, "gains": ()})
-    for rates in ([0.1, 0.2], [0.1, 0.0]):
-        with pytest.raises(ValueError, match="positive and must not increase"):
-            ConvexGuarantee(**good).bound(rates)
+    with pytest.raises(ValueError, match="must not increase"):
+        ConvexGuarantee(**good).bound([0.1, 0.2])
     with pytest.raises(ValueError, match="paths=1; it must be an integer >= 2"):
         absolute_value_gap(ConvexGuarantee(**good), [0.1], paths=1, seed=0)
+    with pytest.raises(ValueError, match="every number must be finite"):
+        ConvexGuarantee(**{**good, "distance": (float("nan"),)})
+    for rates in ([], [0.0], [float("nan")]):
+        with pytest.raises(ValueError, match="learning_rates="):
+            ConvexGuarantee(**good).bound(rates)
+        with pytest.raises(ValueError, match="learning_rates="):
+            absolute_value_gap(ConvexGuarantee(**good), rates, paths=2, seed=0)
+    with pytest.raises(ValueError, match="steps=0"):
+        ConvexGuarantee(**good).best_bound(0)
+    for function in (
+        largest_stable_gain,
+        optimal_gain,
+        smallest_ema_variance,
+        ema_variance_slope,
+        full_pull_improvement,
+    ):
+        for a, b, name in ((0.0, 0.1, "a"), (float("nan"), 0.1, "a"), (0.1, 1.0, "b"), (0.1, float("nan"), "b")):
+            with pytest.raises(ValueError, match=f"{name}="):
+                function(a, b)
+    with pytest.raises(ValueError, match="a=1.5; it must be less than"):
+        full_pull_improvement(1.5, 0.1)
+    for changes, message in (
+        ({"b": 1.5}, "b=1.5"),
+        ({"learning_rates": [-0.1]}, "learning_rates="),
+        ({"start": np.nan}, "start has entries"),
+        ({"c": [0.1, 0.2]}, r"c has shape \(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pulled_sgd(**{"gradient": abs, "start": 1.0, "learning_rates": [0.1], "b": 0.1, "c": 0.5} | changes)
+    with pytest.raises(ValueError, match="b=0"):
+        hidden_iterate(next(pulled_sgd(abs, 1.0, [0.1], 0.1, 0.5)), 0, 0.5)
     with pytest.raises(ValueError, match="steps=0"):
         simulate_recursion(PullRecursion(0.1, 0.1), 0, 10, seed=0)

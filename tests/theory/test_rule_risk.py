@@ -203,6 +203,11 @@ def test_refusals(process):
         process.risk(LastIterate(), steps=3)
     with pytest.raises(ValueError, match="horizon=-1"):
         process.risk(LastIterate(), horizon=-1.0)
+    with pytest.raises(ValueError, match="steps=-3; it must be an integer >= 0"):
+        process.risk(EMA(), steps=-3)
+    for target in ("ema", EMA):
+        with pytest.raises(ValueError, match="target=.*an instance, not a class or a name"):
+            process.risk(target, steps=3)
     with pytest.raises(ValueError, match="dt=0"):
         process.risk(EMA(), steps=3, dt=0.0)
     with pytest.raises(ValueError, match="weights have 3 entries per row; there are 6"):

@@ -11,13 +11,18 @@ from lagless.theory import (
     OrnsteinUhlenbeck,
     check_statements,
     commuting_plug_in_upper_bound,
+    cramer_rao,
     fisher_information,
     flat_average_lower_bound,
-    integral_covariance,
-    integral_cross_covariance,
+    flat_average_upper_bound,
+    last_iterate_upper_bound,
     log_likelihood,
+    ou_flat_average_upper_bound,
+    plug_in_upper_bound,
     slips,
 )
+from lagless.theory._integrals import integral_covariance, integral_cross_covariance
+from lagless.theory._matrices import commute
 
 
 def spd(rng, d, condition=20.0):
@@ -160,9 +165,11 @@ def test_slips_in_numbers():
         "Prop. 4": (7.6065, 0.0),
         "§3, definition of the EMA": (0.5591, 2.0542),
         "Theorem 5, definition": (0.3827, 0.5297),
+        "Prop. 3, Prop. 8": (2.7225, 8.3377),
     }
-    short = {slip.where: slip for slip in slips(process, 0.3, 0.05, 1.1)}["Prop. 3, Prop. 8"]
-    assert short.printed < short.right <= process.risk(FlatAverage(), horizon=0.3).total
+    short = {slip.where: slip for slip in slips(process, 3.0, 0.5, 1.1)}["Prop. 3, Prop. 8"]
+    assert "T = 0.25/λ_max = 0.3571" in short.quantity
+    assert short.printed < short.right <= process.risk(FlatAverage(), horizon=0.25 / 0.7).total
 
 
 def test_sampled_paths_side_with_the_right_numbers():
@@ -185,6 +192,45 @@ def test_sampled_paths_side_with_the_right_numbers():
             error = values.std(ddof=1) / np.sqrt(len(values))
             assert abs(values.mean() - slip.right) < 4.5 * error, slip.where
             assert abs(values.mean() - slip.printed) > 6.0 * error, slip.where
+
+
+def test_commuting_is_judged_at_every_scale():
+    rng = np.random.default_rng(5)
+    for _ in range(50):
+        a, other = spd(rng, 3), spd(rng, 3)
+        for scale in (1e-9, 1.0, 1e9):
+            assert commute(a, scale * a @ a) and commute(scale * a, np.eye(3)) and not commute(a, scale * other)
+
+
+@pytest.mark.parametrize("horizon", [0.0, -2.0, float("nan"), float("inf")])
+def test_horizons_must_be_positive(horizon):
+    process = OrnsteinUhlenbeck(0.7, 1.3, -2.0, 0.25, 1.5)
+    for bound in (
+        cramer_rao,
+        fisher_information,
+        flat_average_lower_bound,
+        flat_average_upper_bound,
+        last_iterate_upper_bound,
+    ):
+        with pytest.raises(ValueError, match="horizon="):
+            bound(process, horizon)
+    for bound in (plug_in_upper_bound, commuting_plug_in_upper_bound, ou_flat_average_upper_bound, check_statements):
+        with pytest.raises(ValueError, match="horizon="):
+            bound(process, horizon, 0.5) if bound is not check_statements else bound(process, horizon)
+    with pytest.raises(ValueError, match="horizon="):
+        slips(process, horizon, 0.5, 1.1)
+
+
+@pytest.mark.parametrize("tau", [0.0, -1.0, 1.0, 2.0, float("nan")])
+def test_tau_must_lie_before_the_horizon(tau):
+    process = OrnsteinUhlenbeck(0.7, 1.3, -2.0, 0.25, 1.5)
+    for call in (
+        lambda: ou_flat_average_upper_bound(process, 1.0, tau=tau),
+        lambda: check_statements(process, 1.0, tau=tau),
+        lambda: slips(process, 1.0, tau, 1.1),
+    ):
+        with pytest.raises(ValueError, match="tau="):
+            call()
 
 
 def test_slips_need_isotropic_noise():

@@ -13,15 +13,18 @@ from lagless.cli._console import out
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="The quadratic laboratory: advice, statements, figures. Needs lagless[lab].",
+    help="The quadratic laboratory: advice, statements, figures. Figures need lagless[lab].",
 )
 
 
 @app.callback()
 def _theory() -> None:
-    """The quadratic laboratory: advice, statements, figures. Needs lagless[lab]."""
+    """The quadratic laboratory: advice, statements, figures. Figures need lagless[lab]."""
+
+
+def _require_matplotlib(command: str) -> None:
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("lagless theory needs matplotlib: pip install 'lagless[lab]'")
+        raise ImportError(f"lagless theory {command} needs matplotlib: pip install 'lagless[lab]'")
 
 
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to make.")]
@@ -45,11 +48,13 @@ def choose(
     update_freq: Annotated[int | None, typer.Option(help="φ; by default it is chosen with the rest.")] = None,
     copies: Annotated[int, typer.Option(help="Most copies of the parameters that a rule may store.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the sample of parameters of --run.")] = 0,
-    plot: Annotated[Path | None, typer.Option(help="PNG file to write.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to write. Needs lagless[lab].")] = None,
 ) -> None:
     """Recommend a rule: its exact risk over a grid of settings, for a spectrum of curvatures and a noise scale."""
     from lagless.experiments.laboratory import advise
 
+    if plot is not None:
+        _require_matplotlib("choose --plot")
     advise(
         steps=steps,
         curvature_min=curvature_min,
@@ -73,7 +78,7 @@ def check(
     seed: Annotated[int, typer.Option(help="Of the random matrices.")] = 0,
     dimension: Annotated[int, typer.Option(help="Dimension of the random process.")] = 4,
 ) -> None:
-    """Check every statement of the BEMA paper on a random process, and show its slips with their numbers."""
+    """Check every statement of the BEMA paper on random processes, and show its slips with their numbers."""
     from lagless.experiments.laboratory import print_statements
 
     print_statements(dimension=dimension, seed=seed, console=out)
@@ -86,15 +91,19 @@ def figures(
     overwrite: Annotated[bool, typer.Option(help="Replace OUT.")] = False,
 ) -> None:
     """Draw every figure of the laboratory, as PNG and as one page that says what to see."""
-    from lagless.experiments.laboratory import run_laboratory
+    _require_matplotlib("figures")
+    from lagless.experiments.laboratory._laboratory import run_laboratory
 
+    if seed < 0:
+        raise ValueError(f"seed={seed}; it must be an integer >= 0.")
     run_laboratory(output, seed=seed, overwrite=overwrite, console=out)
 
 
 @app.command()
 def primers(output: Output = Path("primer-figures")) -> None:
     """Draw the figures of the primers in the documentation."""
-    from lagless.experiments.laboratory import make_primer_figures
+    _require_matplotlib("primers")
+    from lagless.experiments.laboratory._laboratory import make_primer_figures
 
     for path in make_primer_figures(output, console=out):
         out.print(str(path), highlight=False, markup=False)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from lagless._validation import check_integer, check_number
+from lagless._validation import check_integer, check_number, require_integer
 from lagless.filters import FloatArray, trajectory_weights
 from lagless.rules import EMA, Rule
 from lagless.schedules import Timing
@@ -231,9 +231,16 @@ def risk_curve(problem: AveragingProblem, rule: Rule | None, at: Iterable[int], 
 
     Returns:
         Arrays of shape (len(at),).
+
+    Raises:
+        ValueError: if a step is not an integer in [1, T], or ``measure`` is unknown.
     """
     _check_measure(measure)
-    moments = list(at)
+    moments = [require_integer("at", step, minimum=1) for step in at]
+    if late := [step for step in moments if step > problem.steps]:
+        raise ValueError(
+            f"at={late[0]}; steps must lie in [1, {problem.steps}], the horizon of the problem. Give it more steps."
+        )
     process = problem.process(measure)
     squared, variance = np.full(len(moments), np.nan), np.full(len(moments), np.nan)
     for i, step in enumerate(moments):

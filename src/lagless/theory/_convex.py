@@ -52,6 +52,8 @@ class ConvexGuarantee:
         check_number(self, "noise", minimum=0.0, finite=True)
         if len(self.gains) != len(self.distance) or not self.gains:
             raise ValueError(f"gains and distance need one number per coordinate; got {self.gains}, {self.distance}.")
+        if not np.isfinite(self.distance).all():
+            raise ValueError(f"distance={self.distance}; every number must be finite.")
         if not all(0.0 <= gain <= 1.0 for gain in self.gains):
             raise ValueError(f"gains={self.gains}; each must lie in [0, 1].")
 
@@ -73,19 +75,29 @@ class ConvexGuarantee:
         """The bound for nonincreasing learning rates, shape (n,), one per averaged iterate.
 
         Raises:
-            ValueError: if a learning rate is not positive or exceeds the one before it.
+            ValueError: if there is no learning rate, or one is not positive or exceeds the one before it.
         """
-        eta = np.asarray(learning_rates, dtype=np.float64)
-        if not ((eta > 0.0).all() and (np.diff(eta) <= 0.0).all()):
-            raise ValueError("learning_rates must be positive and must not increase: the guarantee needs both.")
+        eta = _learning_rates(learning_rates)
+        if not (np.diff(eta) <= 0.0).all():
+            raise ValueError(f"learning_rates={learning_rates!r}; they must not increase: the guarantee needs that.")
         return float((self.squared_distance + self.step_cost * (eta @ eta)) / (2.0 * eta.sum()))
 
     def best_learning_rate(self, steps: int) -> float:
-        """The constant learning rate with the smallest bound over ``steps`` iterates: √(D²/(Q·steps))."""
+        """The constant learning rate with the smallest bound over ``steps`` iterates: √(D²/(Q·steps)).
+
+        Raises:
+            ValueError: if ``steps`` is not an integer ≥ 1.
+        """
+        require_integer("steps", steps, minimum=1)
         return sqrt(self.squared_distance / (self.step_cost * steps))
 
     def best_bound(self, steps: int) -> float:
-        """The bound at :meth:`best_learning_rate`, √(D²Q/steps); at most √(2 - β)/β·||d||V/√steps for any gains."""
+        """The bound at :meth:`best_learning_rate`, √(D²Q/steps); at most √(2 - β)/β·||d||V/√steps for any gains.
+
+        Raises:
+            ValueError: if ``steps`` is not an integer ≥ 1.
+        """
+        require_integer("steps", steps, minimum=1)
         return sqrt(self.squared_distance * self.step_cost / steps)
 
 
@@ -102,11 +114,11 @@ def absolute_value_gap(guarantee: ConvexGuarantee, learning_rates: ArrayLike, pa
         seed: of the noise.
 
     Raises:
-        ValueError: if ``paths`` is not an integer ≥ 2.
+        ValueError: if ``paths`` is not an integer ≥ 2, or there is no learning rate or one that is not positive.
     """
     require_integer("paths", paths, minimum=2)
     rng = np.random.default_rng(seed)
-    eta = np.asarray(learning_rates, dtype=np.float64)
+    eta = _learning_rates(learning_rates)
     scale = 1.0 / sqrt(len(guarantee.distance))
     start = np.tile(np.array(guarantee.distance, dtype=np.float64), (paths, 1))
 
@@ -119,3 +131,10 @@ def absolute_value_gap(guarantee: ConvexGuarantee, learning_rates: ArrayLike, pa
     for weight, state in zip(eta / eta.sum(), states, strict=False):  # the state after the last step is not averaged
         flat += weight * state.iterate
     return estimate(guarantee.lipschitz * scale * np.abs(flat).sum(axis=1))
+
+
+def _learning_rates(given: ArrayLike) -> FloatArray:
+    eta = np.asarray(given, dtype=np.float64)
+    if eta.ndim != 1 or not eta.size or not ((eta > 0.0) & (eta < np.inf)).all():
+        raise ValueError(f"learning_rates={given!r}; it must be a sequence of one or more numbers > 0.")
+    return eta

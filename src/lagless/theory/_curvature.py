@@ -1,9 +1,9 @@
-"""Curvature, noise and distance of a run, estimated from how its iterates drift and fluctuate."""
+"""Curvature and noise of a run, estimated from how its iterates fluctuate once it has settled, and its distance."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from lagless.filters import FloatArray
 from lagless.theory._advice import AveragingProblem
 from lagless.theory._estimate import Estimate
 from lagless.theory._trajectory_moments import TrajectoryMoments
-from lagless.theory._variogram_fit import Fit, fit_spectrum, mean_variance
+from lagless.theory._variogram_fit import FASTEST, Fit, fit_spectrum, mean_variance
 
 LEAST_CHECKPOINTS = 16
 COORDINATES = AveragingProblem.coordinates  # the same spectrum is fitted that advice is given for
@@ -21,6 +21,11 @@ _UNSTEADY_Z = 4.0
 _UNRESOLVED = 0.5
 _RELAXATIONS = 6.0
 _FORGOTTEN = 5.0
+_SEEN = 3.0
+_SINGLE = 4.0
+_MISFIT = 0.03
+_MISFIT_Z = 3.0
+_BY_HAND = "give curvature_min, curvature_max and the other numbers yourself, without a run."
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,9 @@ class RunEstimate:
         last_step: where it ends.
         checkpoints: how many it has.
         coordinates: how many coordinates were looked at.
-        misfit: root mean square of (observed - fitted)/fitted over the lags of the variogram; far above the
-            standard errors if the run is no SGD on such a quadratic.
+        misfit: root mean square of (observed - fitted)/fitted over the lags of the variogram.
+        sampling_error: root mean square of the relative standard errors of the variogram. A misfit far above it says
+            that the run is no SGD on such a quadratic; standard errors then mean little.
     """
 
     rate_min: Estimate
@@ -49,6 +55,7 @@ class RunEstimate:
     checkpoints: int
     coordinates: int
     misfit: float
+    sampling_error: float
 
     def problem(self, steps: int | None = None, lr: float = 1.0) -> AveragingProblem:
         """The estimates as a problem for :func:`choose`.
@@ -97,7 +104,11 @@ def estimate_run(moments: TrajectoryMoments) -> RunEstimate:
     * the distance only if the run has forgotten θ_0.
     * what a spectrum of this kind with equal noise in all directions would look like. Where noise grows with
       curvature, fast directions count more and the range moves up; where curvatures cluster, its ends mean little.
-    * a range too narrow to be told from a single rate (less than two standard errors) is reported as one rate.
+    * a range too narrow to be told from a single rate (less than two standard errors) is reported as one rate, if at
+      the upper limit of its width r_max is below 3/Δ and at most four times r_min; otherwise it is refused. Its
+      standard error is that of the single rate, and no bound on the ends of a narrow range.
+    * no rates of 1 or more, and no momentum or schedule: refused if the fit ends at 1, or misses the variogram by more
+      than 3 % and three times its standard error.
 
     Rounded checkpoints (bfloat16) add noise of their own, which looks like a fast direction: use float32 ones.
     Standard errors are those between groups of coordinates: they know nothing of other seeds or of misfit.
@@ -106,8 +117,8 @@ def estimate_run(moments: TrajectoryMoments) -> RunEstimate:
         moments: the trajectory; its first iterate is θ_0.
 
     Raises:
-        ValueError: if there are fewer than 17 checkpoints, unevenly spaced ones, no stationary part, or rates beyond
-            what the spacing and the length of the run can show.
+        ValueError: if there are fewer than 17 checkpoints, unevenly spaced ones, no stationary part, rates beyond
+            what the spacing and the length of the run can show, or fluctuations that are not those of such a run.
     """
     squares = moments.squared_differences()
     _require_checkpoints(moments)
@@ -127,6 +138,7 @@ def estimate_run(moments: TrajectoryMoments) -> RunEstimate:
         checkpoints=window.length,
         coordinates=moments.coordinates,
         misfit=fit.misfit,
+        sampling_error=fit.sampling_error,
     )
 
 
@@ -135,7 +147,7 @@ def _require_checkpoints(moments: TrajectoryMoments) -> None:
     if count < LEAST_CHECKPOINTS:
         raise ValueError(
             f"{count} checkpoints after θ_0; fluctuations can be told from drift with {LEAST_CHECKPOINTS} or more. "
-            "Store checkpoints more often, or give curvature and noise yourself."
+            f"Store checkpoints more often, or {_BY_HAND}"
         )
     if (spread := set(np.diff(moments.steps[1:]).tolist())) != {moments.steps[2] - moments.steps[1]}:
         raise ValueError(
@@ -161,7 +173,7 @@ def _stationary_part(squares: FloatArray, steps: list[int]) -> _Window:
         "the run has no stationary part: over its last checkpoints the iterates still move "
         f"{abs(worst):.0%} {'more' if worst > 0 else 'less'} in the first half than in the second. Either it is still "
         "on its way, or its learning rate changes. Train longer at a constant rate, choose checkpoints of such a part "
-        "(steps), or give curvature and noise yourself."
+        f"(steps), or {_BY_HAND}"
     )
 
 
@@ -194,20 +206,48 @@ def _lags(count: int) -> list[int]:
 def _require_resolved(fit: Fit, window: _Window) -> None:
     span = window.length * window.spacing
     slow, fast = (end.standard_error / end.mean for end in (fit.rate_min, fit.rate_max))
+    _require_fit(fit, window)
     forgotten = fit.rate_max.mean * window.spacing > _FORGOTTEN
     if not forgotten and (fit.rate_min.mean * span < _RELAXATIONS or not slow < _UNRESOLVED):
         raise ValueError(
             f"the slowest direction cannot be seen: in the {span} steps that look stationary it moves like a random "
             f"walk (estimated rate {fit.rate_min.mean:.2g} per step, relative error {slow:.2g}). Train longer, or "
-            "give curvature_min and curvature_max yourself."
+            f"{_BY_HAND}"
         )
     if forgotten or not fast < _UNRESOLVED:
-        raise ValueError(
-            f"the fastest direction cannot be seen: with {window.spacing} steps between two checkpoints it is "
-            f"forgotten from one to the next, or lost in noise (estimated rate {fit.rate_max.mean:.2g} per step, "
-            f"relative error {fast:.2g}). Store checkpoints more often, look at more parameters, or give "
-            "curvature_min and curvature_max yourself."
+        _refuse_fastest(window, f"estimated rate {fit.rate_max.mean:.2g} per step, relative error {fast:.2g}")
+    single = fit.rate_min.mean == fit.rate_max.mean
+    if single and (fit.fastest * window.spacing > _SEEN or fit.widest > _SINGLE):
+        _refuse_fastest(
+            window,
+            f"one rate of {fit.rate_min.mean:.2g} per step fits, and so does a range up to "
+            + (f"{fit.fastest:.2g}" if fit.fastest < 0.95 * FASTEST else "1"),
         )
+
+
+def _require_fit(fit: Fit, window: _Window) -> None:
+    if fit.misfit > _MISFIT and fit.misfit > _MISFIT_Z * fit.sampling_error:
+        raise ValueError(
+            f"the fluctuations are not those of SGD on a quadratic: the best fit misses them by {fit.misfit:.1%}, with "
+            f"standard errors of {fit.sampling_error:.1%}; at most {_MISFIT:.0%} is accepted. Momentum, a learning "
+            f"rate that changes, rates above 1 per step, or rounded checkpoints do that. Choose checkpoints of a part "
+            f"without them (steps), or {_BY_HAND}"
+        )
+    if fit.bounded and window.spacing > _SEEN:
+        _refuse_fastest(window, "any rate up to 1 per step fits")
+    if fit.bounded:
+        raise ValueError(
+            "the fastest direction moves by all of its distance or more in one step (a rate of 1 or above); the "
+            f"estimator knows rates below 1. Lower the learning rate, or {_BY_HAND}"
+        )
+
+
+def _refuse_fastest(window: _Window, found: str) -> NoReturn:
+    raise ValueError(
+        f"the fastest direction cannot be seen: with {window.spacing} steps between two checkpoints it is forgotten "
+        f"from one to the next, or lost in noise ({found}). Store checkpoints more often, look at more parameters, or "
+        f"{_BY_HAND}"
+    )
 
 
 def _distance(squares: FloatArray, window: _Window, fit: Fit) -> Estimate:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from lagless._validation import require_integer
 from lagless.filters import FloatArray
 from lagless.rules import Rule
 from lagless.theory._gauss_markov import BLOCK, GaussMarkov, Steps
@@ -132,6 +133,7 @@ class QuadraticAdamW:
         """Independent trajectories, shape (paths, d), at each of the optimizer steps ``times``; arguments as in
         :meth:`GaussMarkov.stream`.
         """
+        require_integer("paths", paths, minimum=1)
         wanted = iterate_steps([_whole(time) for time in np.asarray(times).tolist()])
         generator = torch.Generator(device).manual_seed(seed)
         like: dict[str, Any] = {"device": device, "dtype": dtype}

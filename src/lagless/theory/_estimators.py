@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from lagless.filters import FloatArray
 from lagless.theory._integrals import integral_covariance, integral_cross_covariance, reach
-from lagless.theory._matrices import check_positive, inverse, positive_definite
+from lagless.theory._matrices import check_positive, check_tau, inverse, positive_definite
 from lagless.theory._quadrature import integrate
 from lagless.theory._risk import Risk
 
@@ -46,7 +46,11 @@ class Estimator(ABC):
         """
 
     def risk(self, process: OrnsteinUhlenbeck, horizon: float) -> Risk:
-        """E||μ̂ - μ*||² at T = ``horizon``."""
+        """E||μ̂ - μ*||² at T = ``horizon``.
+
+        Raises:
+            ValueError: if ``horizon`` is not finite and > 0.
+        """
         bias = self.bias(process, horizon)
         return Risk(float(bias @ bias), float(np.trace(self.covariance(process, horizon))))
 
@@ -60,9 +64,11 @@ class LastIterate(Estimator):
     """
 
     def bias(self, process: OrnsteinUhlenbeck, horizon: float) -> FloatArray:
+        check_positive("horizon", horizon)
         return process.mean(horizon) - process.mu
 
     def covariance(self, process: OrnsteinUhlenbeck, horizon: float) -> FloatArray:
+        check_positive("horizon", horizon)
         return process.cov(horizon, horizon)
 
     def estimate(self, process: OrnsteinUhlenbeck, times: ArrayLike, path: torch.Tensor) -> torch.Tensor:
@@ -78,9 +84,11 @@ class FlatAverage(Estimator):
     """
 
     def bias(self, process: OrnsteinUhlenbeck, horizon: float) -> FloatArray:
+        check_positive("horizon", horizon)
         return process.basis @ (reach(process.rates, horizon) * process.start) / horizon
 
     def covariance(self, process: OrnsteinUhlenbeck, horizon: float) -> FloatArray:
+        check_positive("horizon", horizon)
         return process.basis @ integral_covariance(process, horizon) @ process.basis.T / horizon**2
 
     def estimate(self, process: OrnsteinUhlenbeck, times: ArrayLike, path: torch.Tensor) -> torch.Tensor:
@@ -96,9 +104,11 @@ class MaximumLikelihood(Estimator):
     """
 
     def bias(self, process: OrnsteinUhlenbeck, horizon: float) -> FloatArray:
+        check_positive("horizon", horizon)
         return np.zeros(process.dimension)
 
     def covariance(self, process: OrnsteinUhlenbeck, horizon: float) -> FloatArray:
+        check_positive("horizon", horizon)
         root = np.linalg.solve(process.A, process.Sigma)
         return process.eta * root @ root.T / horizon
 
@@ -127,10 +137,12 @@ class PlugInMaximumLikelihood(Estimator):
         return inverse(positive_definite("guess", self.guess, process.dimension))
 
     def bias(self, process: OrnsteinUhlenbeck, horizon: float) -> FloatArray:
+        check_positive("horizon", horizon)
         travelled = process.mean(horizon) - process.theta0
         return (self.inverse_guess(process) - inverse(process.A)) @ travelled / horizon
 
     def covariance(self, process: OrnsteinUhlenbeck, horizon: float) -> FloatArray:
+        check_positive("horizon", horizon)
         guess = process.basis.T @ self.inverse_guess(process) @ process.basis
         mixed = guess @ integral_cross_covariance(process, horizon)
         ends = guess @ process.innovation(horizon) @ guess
@@ -198,8 +210,7 @@ class OUFlatAverage(Estimator):
         return _time_average(moments[first:], debiased(process, moments[first:], path[..., first:, :]))
 
     def _check(self, horizon: float) -> None:
-        if not self.tau < horizon:
-            raise ValueError(f"tau={self.tau}; it must be less than the horizon, {horizon}.")
+        check_tau(self.tau, horizon)
 
 
 def debiased(process: OrnsteinUhlenbeck, times: ArrayLike, path: torch.Tensor) -> torch.Tensor:

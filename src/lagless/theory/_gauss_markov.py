@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from lagless._validation import require_integer
 from lagless.filters import FloatArray
 from lagless.rules import Rule
-from lagless.theory._matrices import point_and_matrices, square_root
+from lagless.theory._matrices import check_time, point_and_matrices, square_root
 from lagless.theory._progress import track
 from lagless.theory._risk import Risk, risk_from_weights, risks_from_moments
 from lagless.theory._run import iterate_steps
@@ -67,13 +68,24 @@ class GaussMarkov(ABC):
         """The time that one optimizer step takes."""
 
     def mean(self, t: ArrayLike) -> FloatArray:
-        """E θ_t, shape (..., d) for t of shape (...)."""
+        """E θ_t, shape (..., d) for t of shape (...).
+
+        Raises:
+            ValueError: if a time is not finite and ≥ 0.
+        """
         times = np.asarray(t, dtype=np.float64)
+        for time in times.ravel():
+            check_time("t", float(time))
         decays = np.array([self.decay(float(time)) for time in times.ravel()]).reshape(*times.shape, self.dimension)
         return self.mu + (decays * self.start) @ self.basis.T
 
     def cov(self, s: float, t: float) -> FloatArray:
-        """Cov(θ_s, θ_t), shape (d, d): rows belong to s, columns to t."""
+        """Cov(θ_s, θ_t), shape (d, d): rows belong to s, columns to t.
+
+        Raises:
+            ValueError: if a time is not finite and ≥ 0.
+        """
+        s, t = check_time("s", s), check_time("t", t)
         shared = self.innovation(min(s, t))
         kernel = self.decay(s - t)[:, None] * shared if s >= t else shared * self.decay(t - s)
         return self.basis @ kernel @ self.basis.T
@@ -91,7 +103,7 @@ class GaussMarkov(ABC):
         """Independent trajectories, one time after another, drawn from the exact transition law.
 
         Args:
-            paths: how many trajectories.
+            paths: how many trajectories, ≥ 1.
             times: shape (n,), ≥ 0 and increasing; any spacing, there is no discretisation error. Time 0 is θ_0.
             seed: seeds a generator on ``device``; streams differ between kinds of device.
             device: where the tensors live.
@@ -102,8 +114,9 @@ class GaussMarkov(ABC):
             Shape (paths, d), θ at each of ``times``.
 
         Raises:
-            ValueError: if ``times`` is negative or not increasing.
+            ValueError: if ``times`` is negative or not increasing, or ``paths`` is not an integer ≥ 1.
         """
+        require_integer("paths", paths, minimum=1)
         gaps = _gaps(times)
         generator = torch.Generator(device).manual_seed(seed)
         like: dict[str, Any] = {"device": device, "dtype": dtype}

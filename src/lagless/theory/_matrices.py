@@ -73,6 +73,12 @@ def op_norm(matrix: FloatArray) -> float:
     return float(np.linalg.norm(matrix, 2))
 
 
+def commute(first: FloatArray, second: FloatArray) -> bool:
+    """Whether AB = BA, to 1e-10 of ‖A‖‖B‖."""
+    gap = op_norm(first @ second - second @ first)
+    return gap <= 1e-10 * op_norm(first) * op_norm(second)
+
+
 def check_positive(name: str, value: float) -> float:
     """``value`` as a float.
 
@@ -82,3 +88,36 @@ def check_positive(name: str, value: float) -> float:
     if not 0.0 < value < np.inf:
         raise ValueError(f"{name}={value!r}; it must be a finite number > 0.")
     return float(value)
+
+
+def check_time(name: str, value: float) -> float:
+    """``value`` as a float.
+
+    Raises:
+        ValueError: if it is not finite and ≥ 0.
+    """
+    if not 0.0 <= value < np.inf:
+        raise ValueError(f"{name}={value!r}; it must be a finite number >= 0.")
+    return float(value)
+
+
+def check_fraction(name: str, value: float) -> float:
+    """``value`` as a float.
+
+    Raises:
+        ValueError: if it is not in (0, 1).
+    """
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"{name}={value!r}; it must lie in (0, 1).")
+    return float(value)
+
+
+def check_tau(tau: float, horizon: float) -> None:
+    """Require 0 < τ < T.
+
+    Raises:
+        ValueError: if it is not so, or T is not finite.
+    """
+    check_positive("horizon", horizon)
+    if not check_positive("tau", tau) < horizon:
+        raise ValueError(f"tau={tau}; it must be less than the horizon, {horizon}.")

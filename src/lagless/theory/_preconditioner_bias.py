@@ -19,6 +19,7 @@ import numpy as np
 from lagless._validation import check_number, require_integer
 from lagless.filters import FloatArray
 from lagless.theory._estimate import Estimate, estimate
+from lagless.theory._matrices import check_time
 from lagless.theory._preconditioners import AdamEstimator, EmaWeights, Folds, Moments
 
 
@@ -116,7 +117,7 @@ def one_step_bias(
     >>> round(bias.total.mean, 3)
     -0.015
     """
-    _check(beta2=beta2)
+    _check(eps, beta2=beta2)
     require_integer("samples", samples, minimum=2)
     target = _Target.of(estimator, law, beta2)
     weights = EmaWeights.at((0.0, beta2))
@@ -158,7 +159,9 @@ def stationary_bias(
     Raises:
         ValueError: if a number is out of range or ``law.microbatches`` does not suit the estimator.
     """
-    _check(beta1=betas[0], beta2=betas[1])
+    if len(betas) != 2:
+        raise ValueError(f"betas={betas!r}; it must be (beta1, beta2).")
+    _check(eps, beta1=betas[0], beta2=betas[1])
     require_integer("steps", steps, minimum=1)
     require_integer("chains", chains, minimum=2)
     target = _Target.of(estimator, law, betas[1])
@@ -197,7 +200,8 @@ def _chunks(samples: int) -> list[int]:
     return [size] * (samples // size) + ([samples % size] if samples % size else [])
 
 
-def _check(**betas: float) -> None:
+def _check(eps: float, **betas: float) -> None:
+    check_time("eps", eps)
     for name, beta in betas.items():
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"{name}={beta!r}; it must lie in [0, 1).")

@@ -98,8 +98,8 @@ class OrnsteinUhlenbeck(GaussMarkov):
             Numbers, or arrays over ``at``.
 
         Raises:
-            ValueError: if a rule comes without ``steps`` or an estimator without ``horizon``, or an argument is out of
-                range.
+            ValueError: if ``target`` is neither, a rule comes without ``steps`` or an estimator without ``horizon``, or
+                an argument is out of range.
 
         >>> from lagless import BEMA
         >>> from lagless.theory import MaximumLikelihood
@@ -115,6 +115,11 @@ class OrnsteinUhlenbeck(GaussMarkov):
                     f"a rule ({type(target).__name__}) is read over optimizer steps: give steps, not horizon."
                 )
             return self.risks({"": target}, steps=steps, dt=dt, at=at)[""]
+        if not isinstance(target, Estimator):
+            raise ValueError(
+                f"target={target!r}; it must be an averaging rule, as EMA(half_life=100), or an estimator, as "
+                "FlatAverage(): an instance, not a class or a name."
+            )
         if horizon is None or steps is not None or dt is not None or at is not None:
             raise ValueError(
                 f"an estimator ({type(target).__name__}) sees continuous time: give horizon, not steps, dt or at."

@@ -15,6 +15,7 @@ import numpy as np
 
 from lagless._validation import check_number
 from lagless.filters import FloatArray
+from lagless.theory._matrices import check_fraction, check_positive
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,13 @@ def largest_stable_gain(a: float, b: float) -> float:
     As a limit on the learning rate: a < 2 - 2c(1 - b)/(2 - b), so that a full pull (c = 1) lowers SGD's limit from 2
     to 2/(2 - b).
 
+    Raises:
+        ValueError: if a is not finite and > 0, or b not in (0, 1).
+
     >>> largest_stable_gain(1.0, 0.5)
     1.5
     """
+    _check(a, b)
     return (2.0 - a) * (2.0 - b) / (2.0 * (1.0 - b))
 
 
@@ -144,14 +149,19 @@ def optimal_gain(a: float, b: float) -> float:
 
     It lies above 1, the largest gain PACE applies, iff (1 - a(1 - b))² > ab.
 
+    Raises:
+        ValueError: if a is not finite and > 0, or b not in (0, 1).
+
     >>> round(optimal_gain(0.9, 0.1), 3)
     0.878
     """
+    _check(a, b)
     return 1.0 - a + (1.0 - sqrt(a * b)) / (1.0 - b)
 
 
 def smallest_ema_variance(a: float, b: float, sigma: float = 1.0) -> float:
     """γ₀* = σ²b/(a(2 - √(ab))²), the average's variance at :func:`optimal_gain`."""
+    _check(a, b, sigma)
     return sigma**2 * b / (a * (2.0 - sqrt(a * b)) ** 2)
 
 
@@ -163,6 +173,9 @@ def ema_variance_slope(a: float, b: float, sigma: float = 1.0) -> float:
     Reference:
         Au and Block, arXiv 2606.25086, Proposition 2 (a in (0, 1)).
     """
+    _check(a, b, sigma)
+    if not a < 2.0:
+        raise ValueError(f"a={a!r}; it must be less than 2: from there on SGD diverges.")
     bracket = (1.0 - b) ** 2 * (1.0 - a) ** 2 + (1.0 - b) * (2.0 - a) + (1.0 - a)
     return -2.0 * sigma**2 * b * (1.0 - b) * bracket / (a * ((2.0 - a) * (2.0 - b) * (a + b - a * b)) ** 2)
 
@@ -175,11 +188,25 @@ def full_pull_improvement(a: float, b: float) -> float:
     About 1/(a + b - ab), so unbounded as a, b → 0, and at least 1/(8a) for b < a < 1/8. What it costs:
     :func:`matched_ema`.
 
+    Raises:
+        ValueError: if b is not in (0, 1), or a not in (0, 2/(2 - b)), where the full pull is stable.
+
     Reference:
         Au and Block, arXiv 2606.25086, the proposition on arbitrarily large improvement.
 
     >>> round(full_pull_improvement(1e-3, 0.999e-3), 1)
     501.0
     """
+    _check(a, b)
+    if not a < 2.0 / (2.0 - b):
+        raise ValueError(
+            f"a={a!r}; it must be less than 2/(2 - b) = {2.0 / (2.0 - b):g}: from there on c = 1 diverges."
+        )
     ab = a * b
     return (2 - a - b + ab) * (1 + a - ab) * (2 - 2 * a + ab) / ((2 - a) * (2 - b) * (a + b - ab) * (1 - a + ab))
+
+
+def _check(a: float, b: float, sigma: float = 1.0) -> None:
+    check_positive("a", a)
+    check_fraction("b", b)
+    check_positive("sigma", sigma)

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from lagless._validation import require_integer
 from lagless.filters import FloatArray
+from lagless.theory._matrices import check_fraction
 from lagless.theory._pull import PullRecursion
 
 
@@ -35,16 +36,36 @@ def pulled_sgd(
         b: β in (0, 1).
         c: the diagonal of C, broadcast against ``start``.
 
-    Yields:
-        The n + 1 states, the start first.
+    Returns:
+        An iterator over the n + 1 states, the start first.
+
+    Raises:
+        ValueError: if an argument is out of range or not finite, or ``c`` does not broadcast to the start's shape.
 
     Reference:
         Au and Block, arXiv 2606.25086, the stylised update.
     """
-    gain = np.asarray(c, dtype=np.float64)
-    iterate = average = np.array(start, dtype=np.float64)
+    check_fraction("b", b)
+    gain, first = np.asarray(c, dtype=np.float64), np.array(start, dtype=np.float64)
+    rates = np.asarray(learning_rates, dtype=np.float64)
+    for name, values in (("start", first), ("learning_rates", rates), ("c", gain)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} has entries that are not finite.")
+    if rates.ndim != 1 or not (rates >= 0.0).all():
+        raise ValueError(f"learning_rates={learning_rates!r}; it must be a sequence of numbers >= 0.")
+    try:
+        gain = np.broadcast_to(gain, first.shape)
+    except ValueError:
+        raise ValueError(f"c has shape {gain.shape}; it must broadcast to that of start, {first.shape}.") from None
+    return _states(gradient, first, rates, b, gain)
+
+
+def _states(
+    gradient: Callable[[FloatArray], FloatArray], start: FloatArray, rates: FloatArray, b: float, gain: FloatArray
+) -> Iterator[PulledState]:
+    iterate = average = start
     yield PulledState(iterate, average)
-    for eta in np.asarray(learning_rates, dtype=np.float64):
+    for eta in rates:
         iterate = iterate - eta * gradient(iterate) + gain * (average - iterate)
         average = (1.0 - b) * average + b * iterate
         yield PulledState(iterate, average)
@@ -62,9 +83,13 @@ def hidden_iterate(state: PulledState, b: float, c: ArrayLike) -> FloatArray:
         b: β in (0, 1).
         c: the diagonal of C, broadcast against the state.
 
+    Raises:
+        ValueError: if ``b`` is not in (0, 1).
+
     Reference:
         Au and Block, arXiv 2606.25086, proof of Theorem 3.
     """
+    check_fraction("b", b)
     gain = np.asarray(c, dtype=np.float64)
     weight = b / (b + (1.0 - b) * gain) * (1.0 - gain)
     return state.average + weight * (state.iterate - state.average)

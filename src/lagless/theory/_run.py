@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
+from lagless._validation import require_integer
 from lagless.filters import check_steps as check_steps
 from lagless.rules import Rule
 from lagless.schedules import Tick
@@ -32,9 +34,11 @@ def iterate_steps(steps: int | Sequence[int]) -> list[int]:
     """The optimizer steps of the iterates; a number N stands for 0..N.
 
     Raises:
-        ValueError: if they are not strictly increasing integers ≥ 0.
+        ValueError: if they are not strictly increasing integers ≥ 0, or N is not an integer ≥ 0.
     """
-    return list(range(steps + 1)) if isinstance(steps, int) else check_steps(steps)
+    if isinstance(steps, Integral):
+        return list(range(require_integer("steps", steps, minimum=0) + 1))
+    return check_steps(steps)
 
 
 def read_steps(steps: Sequence[int], at: Sequence[int] | None) -> list[int]:

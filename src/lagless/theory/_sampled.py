@@ -161,7 +161,13 @@ def sampled_estimates(
         seed: of the generator.
         device: where the paths live.
         progress: show a progress bar.
+
+    Raises:
+        ValueError: if ``paths`` < 2, or ``times`` does not start at 0, is not increasing or has only one.
     """
+    moments = np.asarray(times, dtype=np.float64)
+    if moments.ndim != 1 or moments.size < 2 or moments[0] != 0.0:
+        raise ValueError(f"times={times!r}; estimators need two or more, the first of them 0.")
     if not paths >= 2:
         raise ValueError(f"paths={paths}; a standard error needs at least 2.")
     path = process.sample(paths, times, seed=seed, device=device, progress=progress)

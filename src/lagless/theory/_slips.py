@@ -10,6 +10,7 @@ import numpy as np
 from lagless.theory._bounds import cramer_rao, flat_average_lower_bound, isotropic
 from lagless.theory._estimators import FlatAverage, LastIterate, MaximumLikelihood, PlugInMaximumLikelihood
 from lagless.theory._integrals import integral_covariance, integral_cross_covariance
+from lagless.theory._matrices import check_tau
 from lagless.theory._process import OrnsteinUhlenbeck
 from lagless.theory._quadrature import integrate
 
@@ -38,18 +39,19 @@ def slips(process: OrnsteinUhlenbeck, horizon: float, tau: float, guess: float) 
 
     Args:
         process: a process with Σ = σI.
-        horizon: T > 0.
+        horizon: T > 0; the slip in a condition on T is shown at a T of its own, which its ``quantity`` names.
         tau: τ in (0, T), for Theorem 1.
         guess: α of Ã = αI, for Theorem 5.
 
     Raises:
-        ValueError: if Σ is not σI.
+        ValueError: if Σ is not σI or an argument is out of range.
 
     >>> process = OrnsteinUhlenbeck(A=0.7, mu=1.3, theta0=-2.0, eta=0.25, Sigma=1.5)
     >>> first = slips(process, 3.0, 0.5, 1.1)[0]
     >>> first.where, round(first.printed, 4), round(first.right, 4)
     ('Prop. 2, Prop. 5, Lemma 2', 0.9548, 0.5591)
     """
+    check_tau(tau, horizon)
     sigma = isotropic(process)
     if sigma is None:
         raise ValueError("slips are shown on processes with Sigma = sigma I; give Sigma as a number.")
@@ -137,15 +139,16 @@ def _means(process: OrnsteinUhlenbeck, horizon: float, tau: float) -> Iterator[S
         float(wrong @ wrong),
         0.0,
     )
-    reached = process.rates[-1] * horizon
-    if reached <= 0.5:
-        yield Slip(
-            "Prop. 3, Prop. 8",
-            "T ≤ c/(2λ_max) and λ_max T ≤ c/2 are one condition; the proof gives (1 - λ_max T/2)², not (1 - c)²",
-            "lower bound on the risk of the flat average",
-            float((1.0 - 2.0 * reached) ** 2 * (process.start @ process.start)),
-            flat_average_lower_bound(process, horizon),
-        )
+    # The condition is on small T: c = 1/2 here.
+    reached = 0.25
+    short = float(reached / process.rates[-1])
+    yield Slip(
+        "Prop. 3, Prop. 8",
+        "T ≤ c/(2λ_max) and λ_max T ≤ c/2 are one condition; the proof gives (1 - λ_max T/2)², not (1 - c)²",
+        f"lower bound on the risk of the flat average at T = {reached}/λ_max = {short:.4g}",
+        float((1.0 - 2.0 * reached) ** 2 * (process.start @ process.start)),
+        flat_average_lower_bound(process, short),
+    )
 
 
 def _definitions(process: OrnsteinUhlenbeck, horizon: float, guess: float) -> Iterator[Slip]:

@@ -32,7 +32,7 @@ from lagless.theory._estimators import (
 )
 from lagless.theory._integrals import integral_covariance, integral_cross_covariance, reach
 from lagless.theory._likelihood import log_likelihood
-from lagless.theory._matrices import inverse, op_norm, positive_definite
+from lagless.theory._matrices import check_tau, commute, inverse, op_norm, positive_definite
 from lagless.theory._process import OrnsteinUhlenbeck
 
 Relation = Literal["=", "<="]
@@ -65,6 +65,11 @@ class Check:
             return abs(self.left - self.right) <= 1e-10 * self.scale
         return self.left <= self.right + 1e-12 * self.scale
 
+    @property
+    def slack(self) -> float:
+        """(right - left)/scale: ≥ 0 in an inequality that holds, about 0 in an equality."""
+        return (self.right - self.left) / self.scale
+
 
 def check_statements(
     process: OrnsteinUhlenbeck, horizon: float, *, tau: float | None = None, guess: ArrayLike = 1.0
@@ -90,6 +95,7 @@ def check_statements(
     (32, True)
     """
     start = horizon / 4.0 if tau is None else tau
+    check_tau(start, horizon)
     return [
         *_moments(process, horizon),
         *_lower_bounds(process, horizon, guess),
@@ -223,9 +229,7 @@ def _risks(process: OrnsteinUhlenbeck, horizon: float, tau: float, guess: ArrayL
         "Theorem 5", "risk of the plug-in MLE <= bound", plugged, plug_in_upper_bound(process, horizon, guess)
     )
     matrix = positive_definite("guess", guess, process.dimension)
-    if sigma is not None and np.allclose(
-        matrix @ process.A, process.A @ matrix, rtol=0.0, atol=1e-12 * op_norm(matrix)
-    ):
+    if sigma is not None and commute(matrix, process.A):
         commuting = commuting_plug_in_upper_bound(process, horizon, guess)
         yield _at_most("Theorem 5", "risk of the plug-in MLE <= (13)", plugged, commuting)
 

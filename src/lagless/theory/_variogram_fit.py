@@ -9,9 +9,10 @@ import numpy as np
 from lagless.filters import FloatArray
 from lagless.theory._estimate import Estimate
 
-_FASTEST = 0.999
+FASTEST = 0.99  # the largest rate that is fitted
 _WIDEST = 20.0  # of log r_max/r_min
 _STEP = 1e-5
+_ITERATIONS = 500
 
 
 class Fit(NamedTuple):
@@ -22,12 +23,21 @@ class Fit(NamedTuple):
         rate_max: r_max.
         step_noise: s.
         misfit: root mean square of the relative residuals.
+        sampling_error: root mean square of the relative standard errors of the variogram itself.
+        bounded: whether the fit ends at the largest rate that is tried.
+        widest: r_max/r_min, at most, if a single rate was fitted: at the upper limit of the width, two standard
+            errors up. Otherwise that of the fit.
+        fastest: r_max there.
     """
 
     rate_min: Estimate
     rate_max: Estimate
     step_noise: Estimate
     misfit: float
+    sampling_error: float
+    bounded: bool
+    widest: float
+    fastest: float
 
 
 def fit_spectrum(lags: FloatArray, observed: FloatArray, coordinates: int) -> Fit:
@@ -49,7 +59,10 @@ def fit_spectrum(lags: FloatArray, observed: FloatArray, coordinates: int) -> Fi
     data = _Data(lags, mean, scale, nodes)
     point = _descend(_start(data), data, free=[0, 1, 2])
     errors = _errors(point, data, covariance, free=[0, 1, 2])
+    bounded = _log_fastest(point) > np.log(FASTEST) - 1e-6
+    widest = point
     if point[1] <= 2.0 * np.sqrt(errors[1, 1]):
+        widest = _upper_limit(point, errors, data)
         point = _descend(np.array([point[0], 0.0, point[2]]), data, free=[0, 2])
         errors = _errors(point, data, covariance, free=[0, 2])
     width = np.sqrt(point[1])
@@ -61,8 +74,16 @@ def fit_spectrum(lags: FloatArray, observed: FloatArray, coordinates: int) -> Fi
         ends.append(Estimate(rate, rate * float(np.sqrt(gradient @ errors @ gradient))))
     noise = float(np.exp(point[2]))
     fitted = data.variogram(point)
-    misfit = float(np.sqrt(np.mean(((mean - fitted) / fitted) ** 2)))
-    return Fit(ends[0], ends[1], Estimate(noise, noise * float(np.sqrt(errors[2, 2]))), misfit)
+    return Fit(
+        ends[0],
+        ends[1],
+        Estimate(noise, noise * float(np.sqrt(errors[2, 2]))),
+        misfit=float(np.sqrt(np.mean(((mean - fitted) / fitted) ** 2))),
+        sampling_error=float(np.sqrt(np.mean(np.diag(covariance) / fitted**2))),
+        bounded=bool(bounded),
+        widest=float(np.exp(np.sqrt(widest[1]))),
+        fastest=float(np.exp(_log_fastest(widest))),
+    )
 
 
 def mean_variance(fit: Fit, count: int, spacing: int, coordinates: int) -> float:
@@ -86,7 +107,7 @@ class _Data(NamedTuple):
     def variogram(self, point: FloatArray) -> FloatArray:
         """D at (middle of log r, squared width, log s), shape (K,)."""
         half = 0.5 * np.sqrt(max(point[1], 0.0))
-        rates = np.minimum(np.exp(point[0] + half * self.nodes), _FASTEST)
+        rates = np.exp(point[0] + half * self.nodes)
         reached = -np.expm1(np.multiply.outer(np.log1p(-rates), self.lags))
         return np.exp(2.0 * point[2]) / len(rates) * (1.0 / (rates * (2.0 - rates))) @ reached
 
@@ -107,10 +128,12 @@ class _Data(NamedTuple):
 def _start(data: _Data) -> FloatArray:
     """The best point of a coarse grid."""
     best, lowest = np.zeros(3), np.inf
-    fastest = min(0.9, 5.0 / data.lags[0])
+    fastest = min(0.9 * FASTEST, 5.0 / data.lags[0])
     for low in np.linspace(np.log(0.1 / data.lags[-1]), np.log(fastest), 16):
         for width in (0.0, 0.7, 1.5, 2.5, 4.0, 6.0):
             point = np.array([low + 0.5 * width, width**2, 0.0])
+            if _log_fastest(point) > np.log(FASTEST):
+                continue
             shape = data.scale * data.variogram(point)
             amplitude = shape @ (data.scale * data.mean) / (shape @ shape)
             point[2] = 0.5 * np.log(amplitude)
@@ -124,23 +147,36 @@ def _descend(start: FloatArray, data: _Data, free: list[int]) -> FloatArray:
     """Levenberg and Marquardt's iteration over the ``free`` parameters, the rates kept in range."""
     point, damping = start.copy(), 1e-3
     residual = data.residual(point)
-    while damping < 1e12:
+    for _ in range(_ITERATIONS):
         jacobian = data.jacobian(point, free)
         curvature = jacobian.T @ jacobian
         damped = curvature + damping * np.diag(np.maximum(np.diag(curvature), 1e-12))
         trial = point.copy()
         trial[free] += np.linalg.solve(damped, jacobian.T @ residual)
-        trial[0] = np.clip(trial[0], np.log(1e-3 / data.lags[-1]), np.log(_FASTEST))
-        trial[1] = np.clip(trial[1], 0.0, _WIDEST**2)
+        trial[0] = np.clip(trial[0], np.log(1e-3 / data.lags[-1]), np.log(FASTEST))
+        trial[1] = np.clip(trial[1], 0.0, min(_WIDEST, 2.0 * (np.log(FASTEST) - trial[0])) ** 2)
         found = data.residual(trial)
         if found @ found >= residual @ residual:
             damping *= 4.0
+            if damping > 1e12:
+                break
             continue
         moved = np.abs(trial - point).max()
         point, residual, damping = trial, found, damping / 3.0
         if moved < 1e-9:
             break
     return point
+
+
+def _log_fastest(point: FloatArray) -> float:
+    return float(point[0] + 0.5 * np.sqrt(point[1]))
+
+
+def _upper_limit(point: FloatArray, errors: FloatArray, data: _Data) -> FloatArray:
+    """The best point with the squared width held two standard errors up."""
+    wide = min(point[1] + 2.0 * np.sqrt(errors[1, 1]), _WIDEST**2)
+    middle = min(point[0], np.log(FASTEST) - 0.5 * np.sqrt(wide))
+    return _descend(np.array([middle, wide, point[2]]), data, free=[0, 2])
 
 
 def _errors(point: FloatArray, data: _Data, covariance: FloatArray, free: list[int]) -> FloatArray:

@@ -23,7 +23,7 @@ from lagless.experiments.laboratory._page import PAGE, write_page
 from lagless.experiments.laboratory._paths import draw_path
 from lagless.experiments.laboratory._preconditioning import biases, cancellation, draw_biases, draw_cancellation
 from lagless.experiments.laboratory._primers import PRIMERS
-from lagless.experiments.laboratory._pulls import draw_controls, draw_pull
+from lagless.experiments.laboratory._pulls import draw_controls, draw_guarantees, draw_pull
 from lagless.posthoc.destination import Destination
 
 NUMBERS = "numbers.json"
@@ -153,6 +153,7 @@ def _parts(seed: int, effort: Effort) -> list[tuple[str, str, Callable[[], Seque
         (averaging, "figure 1(a)", lambda: [draw_path(seed)]),
         (averaging, "figures 2 and 14(a)", distances),
         (pulling, "pull", lambda: [draw_pull(seed, 4 * effort.paths)]),
+        (pulling, "guarantees", lambda: [draw_guarantees(seed, max(2, effort.paths // 5))]),
         (pulling, "controls", lambda: [draw_controls()]),
         (inverting, "biases", preconditioners),
         (inverting, "cancellation", cancelling),

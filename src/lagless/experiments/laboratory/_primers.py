@@ -263,9 +263,9 @@ def draw_bias_of_an_inverse(seed: int = 0, chains: int = 2000, steps: int = 2000
     worst, mild = found[betas[0]], found[betas[-1]]
     caption = (
         "Left: averaging 1/√v̂ over a noisy v̂ gives more than 1/√ of its average. Right: how much more for Adam's "
-        f"v̂ when gradients are noise: {worst.mean:.1%} at β₂ = {betas[0]:g}, {mild.mean:.2%} at {betas[-1]:g}. Steps "
-        "are too long by that much. The dashed line keeps the second-order term only; most error bars are smaller "
-        "than the marks."
+        f"v̂ when gradients are noise: {worst.mean:.1%} at β₂ = {betas[0]:g}, {mild.mean:.2%} at {betas[-1]:g}. "
+        "1/√v̂ is too large by that much; the step is not, for its gradient is in v̂ too. The dashed line keeps "
+        "the second-order term only; most error bars are smaller than the marks."
     )
     numbers = {f"{beta:g}": found[beta]._asdict() | {"second_order": expected[beta]} for beta in betas}
     return Picture("bias-of-an-inverse", "The bias of an inverse", caption, figure, numbers)
