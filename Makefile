@@ -30,6 +30,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/update.py
 	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python benchmarks/product.py
 
 # Editable install, so only a change of dependencies needs another run of pip.
 $(STAMP): pyproject.toml constraints.txt

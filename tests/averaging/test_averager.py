@@ -520,6 +520,7 @@ def test_numpy_numbers_are_numbers(tmp_path):
     averager = Averager({"w": torch.zeros(2)}, rule, step=np.int64(3), seed=np.int64(1), dtype=torch.bfloat16)
     averager.update()
     averager.save(tmp_path / "state.safetensors")
+    assert (type(rule.update_freq), type(rule.decay), type(averager.step)) == (int, float, int)
 
 
 def test_an_averager_is_not_copied():

@@ -187,7 +187,7 @@ def test_overwrite_replaces_a_demo_and_nothing_else_and_another_seed_starts_else
     with pytest.raises(ValueError, match="not empty.*--overwrite"):
         run(result.out, texts)
     (tmp_path / "own.txt").write_text("mine")
-    with pytest.raises(ValueError, match="no demo wrote this one"):
+    with pytest.raises(ValueError, match="the demo did not write this one"):
         run(tmp_path, texts, overwrite=True)
     assert (tmp_path / "own.txt").read_text() == "mine"
     shutil.copytree(result.out, tmp_path / "copy")

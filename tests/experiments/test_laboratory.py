@@ -257,12 +257,12 @@ def test_advice_and_statements_need_no_matplotlib(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     numbers = [f"--{name.replace('_', '-')}={value}" for name, value in ANSWERS.items()]
-    subprocess.run(
-        [sys.executable, "-m", "lagless", "theory", "choose", *numbers],
-        env=environment,
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", "lagless", "theory"]
+    for arguments in (["choose", *numbers], ["check", "--help"]):
+        found = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+        assert found.returncode == 0, found.stderr
+    refused = subprocess.run([*command, "figures"], env=environment, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
 
 
 def test_a_bad_seed_is_refused_by_name(tmp_path):

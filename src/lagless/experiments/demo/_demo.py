@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from lagless._version import __version__
+from lagless.experiments._output import check_output
 from lagless.experiments.demo._plan import Plan, Shape
 from lagless.experiments.demo._results import DemoResult
 from lagless.posthoc.destination import Destination
@@ -56,7 +57,7 @@ def run_demo(
     """
     out = Path(out)
     plan = Plan(steps=steps, seed=seed, shape=shape or Shape())
-    _check_out(out, overwrite)
+    check_output(out, overwrite, [RECORD], "the demo")
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise ImportError(f"the demo needs {', '.join(missing)}: pip install 'lagless[lab]'")
 
@@ -88,20 +89,6 @@ def run_demo(
             logging.enable_progress_bar()
     print_result(result, console)
     return result
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out={str(out)!r} is a file. Choose another folder.")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(f"out={str(out)!r} is not empty. Choose another folder, or replace it with --overwrite.")
-    if not (out / RECORD).is_file():
-        raise ValueError(
-            f"out={str(out)!r}: --overwrite replaces the whole folder, and no demo wrote this one (no {RECORD} in it). "
-            "Choose another folder, or remove this one yourself."
-        )
 
 
 def _write_record(result: DemoResult, folder: Path) -> None:

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lagless._version import __version__
+from lagless.experiments._output import check_output
 from lagless.experiments.laboratory._distances import draw_figure_2, draw_figure_14a, draw_ten_rules, follow_rules
 from lagless.experiments.laboratory._drawing import Picture, plain, style
 from lagless.experiments.laboratory._page import PAGE, write_page
@@ -90,7 +91,7 @@ def run_laboratory(
         ValueError: if ``out`` cannot be used.
     """
     out, console, effort = Path(out), console or Console(), effort or Effort()
-    _check_out(out, overwrite)
+    check_output(out, overwrite, [PAGE, NUMBERS], "the laboratory")
     parts = _parts(seed, effort)
     sections: dict[str, list[Picture]] = {}
     seconds: dict[str, float] = {}
@@ -176,20 +177,6 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
             started = True
 
         yield show
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out={str(out)!r} is a file. Choose another folder.")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(f"out={str(out)!r} is not empty. Choose another folder, or replace it with --overwrite.")
-    if not ((out / PAGE).is_file() and (out / NUMBERS).is_file()):
-        raise ValueError(
-            f"out={str(out)!r}: --overwrite replaces the whole folder, and the laboratory did not write this one (it "
-            f"has no {PAGE} and {NUMBERS}). Choose another folder, or remove this one yourself."
-        )
 
 
 def _write_numbers(
