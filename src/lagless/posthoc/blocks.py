@@ -8,6 +8,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lagless.posthoc.kernel import multiply
 from lagless.posthoc.readers import Reader, byte_view
 from lagless.posthoc.safetensors_format import TensorInfo
 
@@ -75,7 +76,7 @@ class Workspace:
 
     def multiply(self, count: int) -> Tensor:
         """The first ``count`` elements of every average, shape (G, count)."""
-        return torch.mm(self._weights, self.rows[:, :count], out=self.sums[:, :count])
+        return multiply(self._weights, self.rows[:, :count], self.sums[:, :count])
 
 
 def covering_rows(weights: NDArray[np.float64]) -> list[int]:
