@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
-Form = Literal["algorithm_1", "trl", "offline", "online"]
-FORMS: tuple[Form, ...] = ("algorithm_1", "trl", "offline", "online")
+Form = Literal["algorithm_1", "trl", "offline", "online", "pace"]
+FORMS: tuple[Form, ...] = ("algorithm_1", "trl", "offline", "online", "pace")
 
 
 class Tick(NamedTuple):
@@ -70,6 +70,7 @@ class PowerClock:
     algorithm_1, trl  (ρ + γt)^-κ             (ρ + γt)^-η
     offline    (1 + γs)^-κ, s = max(t-τ+ρ, 1) (1 + s)^-η
     online     γ(1 + s)^-κ, s = max(0, t-ρ)   γ(1 + s)^-η
+    pace       (1 + γs)^-κ, s = max(0, t-ρ)   (1 + γs)^-η
     ========== ============================== =======================
     """
 
@@ -84,6 +85,8 @@ class PowerClock:
             return (1.0 + self.multiplier * max(step - self.update_after + self.lag, 1.0)) ** -power
         if self.form == "online":
             return self.multiplier * (1.0 + max(0.0, step - self.lag)) ** -power
+        if self.form == "pace":
+            return (1.0 + self.multiplier * _at_least(step - self.lag, 0.0)) ** -power
         return (self.lag + self.multiplier * step) ** -power
 
     def alpha(self, step: int, power: float) -> float:
@@ -105,7 +108,7 @@ class PowerGain:
 
     def __call__(self, tick: Tick) -> float:
         """See the class."""
-        return max(self.clock.beta(tick.step, self.power), self.floor)
+        return _at_least(self.clock.beta(tick.step, self.power), self.floor)
 
 
 @dataclass(frozen=True)
@@ -152,3 +155,8 @@ class UniformGain:
     def __call__(self, tick: Tick) -> float:
         """See the class."""
         return 1.0 / (tick.number + 1)
+
+
+def _at_least(value: float, bound: float) -> float:
+    # A tick of tensors, which an optimizer captured in a graph has, must not turn into a Python number.
+    return max(value, bound) if isinstance(value, int | float) else value.clamp(min=bound)

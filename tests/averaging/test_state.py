@@ -153,11 +153,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     averager.save(path)
     old = path.read_bytes()
 
-    def fail(tensors, file, metadata):
-        file.write_bytes(b"half")
+    def fail(tensor):
+        assert len(list(tmp_path.iterdir())) == 2  # the header is written
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    monkeypatch.setattr("lagless.averaging._state.byte_view", fail)
     with pytest.raises(OSError, match="No space left"):
         averager.save(path)
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]

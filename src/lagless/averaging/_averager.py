@@ -16,6 +16,7 @@ from lagless._validation import require_integer
 from lagless.averaging._attachment import Attachment
 from lagless.averaging._bank import Bank, RowUpdate
 from lagless.averaging._live import LiveTensors, Source
+from lagless.averaging._sharding import Sharding, local
 from lagless.averaging._start import StoredStart
 from lagless.averaging._state import FORMAT, State, load_file, match, save_file
 from lagless.filters import require_updates, tail
@@ -43,7 +44,8 @@ class Averager:
         dtype: of the stored averages: None for float32 (wider where the parameters are), or ``torch.bfloat16``, which
             is rounded stochastically so that averages with long memories still move. θ_0 and snapshots keep the
             parameters' dtype.
-        device: where averages are kept; None for each parameter's own device.
+        device: where averages are kept; None for each parameter's own device. ``"cpu"`` under an accelerator: they are
+            updated there while training goes on (see :meth:`wait`).
         start: path of the base checkpoint, if it holds θ_0: BEMA then stores one copy, like an EMA. It is checked to
             equal the live weights now (unless a state is loaded next), and to be unchanged whenever an average is read.
         step: optimizer steps already taken, for an Averager that joins a run.
@@ -104,7 +106,7 @@ class Averager:
         absent: list[Hashable] = []
         if start is not None:
             _check_start(self.rules, step)
-            self._stored_start = StoredStart(start, self._live.names, self._live.aliases, live)
+            self._stored_start = StoredStart(start, self._live, live)
             absent = [label for label in labels if isinstance(label, Start)]
         place = None if device is None else torch.device(device)
         self._bank = Bank(
@@ -171,6 +173,17 @@ class Averager:
         )
         return self._attachment
 
+    def wait(self) -> None:
+        """Until averages on the host have had all updates; needed before weights are changed by other than optimizers.
+
+        Whatever needs the averages waits by itself, and every step of a ``torch.optim.Optimizer`` for the weights to be
+        on their way.
+
+        Raises:
+            RuntimeError: if an update failed in the background.
+        """
+        self._bank.wait()
+
     def updates(self, name: str | None = None) -> int:
         """How many updates the rule ``name`` has had; its average can be read from the first one on."""
         return self._last[self._resolve(name)].number
@@ -190,6 +203,7 @@ class Averager:
         """
         name = self._resolve(name)
         self._refuse_while_applied(f"apply {name!r}")
+        self.wait()
         values = self._values(name)
         live = self._live.tensors()
         backup = [tensor.clone() for tensor in live]
@@ -216,32 +230,41 @@ class Averager:
             dtype: of the result; None for float32 (wider where the parameters are).
 
         Returns:
-            Name → tensor on the parameter's device; every name of a tied tensor maps to the same one.
+            Name → tensor on the parameter's device, sharded like the parameter; every name of a tied tensor maps to the
+            same one.
 
         Raises:
             RuntimeError: before the first update of that rule, or while averaged weights are in the model.
         """
+        averages = dict(self.items(name, dtype=dtype))
+        return averages | {alias: averages[first] for alias, first in self._live.aliases.items()}
+
+    def items(self, name: str | None = None, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The averaged weights of :meth:`read` one by one, so that they need never be in memory all at once.
+
+        Of tied tensors only the first comes, under its first name.
+        """
         name = self._resolve(name)
         self._refuse_while_applied(f"read {name!r}")
-        values = (v if dtype is None else v.to(dtype) for v in self._values(name))
-        averages = dict(zip(self._live.names, values, strict=True))
-        return averages | {alias: averages[first] for alias, first in self._live.aliases.items()}
+        values = zip(self._live.names, self._live.shardings, self._values(name), strict=True)
+        return ((key, sharding.present(v if dtype is None else v.to(dtype))) for key, sharding, v in values)
 
     def state_dict(self) -> State:
         """Everything a resumed run needs: ``{"tensors": {name: tensor}, "meta": {plain JSON}}``.
 
         Tensors are the Averager's own, not copies: write them out, or copy them, before the next update. To resume,
         restore the live weights, make the Averager, then :meth:`load_state_dict`: the run goes on bit for bit as if it
-        had never stopped.
+        had never stopped. Those of sharded parameters are DTensors, which ``torch.distributed.checkpoint`` saves from
+        all ranks at once and loads on any number of them.
         """
         names: dict[int, str] = {}
         for rule, indices in self._index.items():
             for position, i in enumerate(indices):
                 names.setdefault(i, f"{rule}.{position}")
         tensors = {
-            f"{names[i]}/{parameter}": tensor
+            f"{names[i]}/{parameter}": sharding.present(part)
             for i, buffer in enumerate(self._bank.buffers)
-            for parameter, tensor in zip(self._live.names, buffer, strict=bool(buffer))
+            for parameter, sharding, part in zip(self._live.names, self._live.shardings, buffer, strict=bool(buffer))
         }
         stored = self._stored_start
         meta = {
@@ -259,27 +282,33 @@ class Averager:
     def load_state_dict(self, state: State) -> None:
         """Take over a state of :meth:`state_dict`; the Averager must have the same rules, parameters and dtype.
 
+        Of whole tensors, an Averager of sharded parameters takes the parts on this rank.
+
         Raises:
             ValueError: if it has not; nothing is changed then.
             RuntimeError: while averaged weights are in the model.
         """
         self._refuse_while_applied("load a state")
         own = self.state_dict()
-        matched = match(state, own)
+        parts = {name: Sharding.of(own["tensors"][name]).part_of(tensor) for name, tensor in match(state, own).items()}
         meta = state["meta"]
         self._last = {name: Tick(**meta["last"][name]) for name in self.rules}
         self.step, self._bank.seed = meta["step"], meta["seed"]
         for name, tensor in own["tensors"].items():
-            tensor.copy_(matched[name])
+            local(tensor).copy_(parts[name])
         if self._stored_start is not None:
             self._stored_start.mismatch = None  # the state vouches for θ_0 by its fingerprint
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the state to one safetensors file, atomically."""
+        """Write the state to one safetensors file, atomically.
+
+        Where parameters are sharded, all ranks call this together: tensor by tensor is gathered, and rank 0 writes. The
+        file does not depend on the sharding. If one rank fails, all raise, and an earlier file stays.
+        """
         save_file(self.state_dict(), path)
 
     def load(self, path: str | PathLike[str]) -> None:
-        """Take over a state that :meth:`save` wrote.
+        """Take over a state that :meth:`save` wrote, on as many ranks as there are now; each reads its own parts.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -345,7 +374,7 @@ class Averager:
                     if buffer:
                         terms.append((buffer[n], weight))
                     elif stored is not None and base is not None:
-                        terms.append((base.read_tensor(stored.stored_name(parameter)), weight))
+                        terms.append((stored.read(base, parameter), weight))
                 yield _combine(terms, live.device, torch.promote_types(live.dtype, torch.float32))
 
         return values()

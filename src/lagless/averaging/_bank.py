@@ -2,19 +2,20 @@
 
 The update is bound by memory traffic. Tensors are cut into blocks that stay in cache, and every buffer's update of a
 block is done before the next block is touched: the live weights are read from memory once for all rules. Compiled, the
-averages of a large tensor are updated by one kernel instead.
+averages of a large tensor are updated by one kernel instead. Buffers on the host follow an accelerator in a thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lagless.averaging import _fused
+from lagless.averaging._offload import Offload, can_overlap
 from lagless.averaging._rounding import stochastic_round_
 from lagless.rules import Snapshot, Start
 
@@ -78,27 +79,52 @@ class Bank:
         self.seed = seed
         self._device = device
         self._compile = compile
-        self.buffers: list[list[Tensor]] = []
+        self._offload: Offload | None = None
+        self._buffers: list[list[Tensor]] = []
         for label in labels:
             holds_iterate = isinstance(label, Start | Snapshot)
-            self.buffers.append([])
+            self._buffers.append([])
             for tensor in () if label in absent else live:
                 kind = tensor.dtype if holds_iterate else dtype or torch.promote_types(tensor.dtype, torch.float32)
-                self.buffers[-1].append(torch.empty_like(tensor, dtype=kind, device=device).copy_(tensor))
+                self._buffers[-1].append(torch.empty_like(tensor, dtype=kind, device=device).copy_(tensor))
+
+    @property
+    def buffers(self) -> list[list[Tensor]]:
+        """One list of tensors per label, after the updates given so far."""
+        self.wait()
+        return self._buffers
 
     def update(self, live: Sequence[Tensor], rows: Sequence[RowUpdate], step: int) -> None:
-        """Apply ``rows`` in the given order: one that reads another buffer's old value comes before that one's own."""
+        """Apply ``rows`` in the given order: one that reads another buffer's old value comes before that one's own.
+
+        If the buffers are on the host and live tensors on an accelerator, this is only begun here.
+        """
         if self._device is None:
             self._follow_devices(live)
         noise = _Noise(self.seed, step)
+        if self._device is not None and self._device.type == "cpu" and any(can_overlap(t.device) for t in live):
+            self._offload = self._offload or Offload()
+            blocks = _cut(live, self._buffers, staged=True, compile=self._compile)
+            largest = _CPU_BLOCK * max(t.element_size() for t in live)
+            self._offload.start(live, ((block.live, _updating(block, rows, noise)) for block in blocks), largest)
+            return
         # A single average reads the live weights once in any case: cutting would only cost calls, except that it keeps
         # converted copies small.
         converts = any(t.dtype != b[i].dtype for b in self.buffers if b for i, t in enumerate(live))
         for block in _cut(live, self.buffers, share=converts or len(rows) > 1, compile=self._compile):
             _update(block, rows, noise)
 
+    def wait(self) -> None:
+        """Until every update that was begun has ended.
+
+        Raises:
+            RuntimeError: if one has failed.
+        """
+        if self._offload is not None:
+            self._offload.wait()
+
     def _follow_devices(self, live: Sequence[Tensor]) -> None:
-        for buffer in self.buffers:
+        for buffer in self._buffers:
             for i, tensor in enumerate(buffer):
                 if tensor.device != live[i].device:
                     buffer[i] = tensor.to(live[i].device)
@@ -118,23 +144,29 @@ class _Noise:
 
 
 def _cut(
-    live: Sequence[Tensor], buffers: Sequence[Sequence[Tensor]], *, share: bool, compile: bool = False
+    live: Sequence[Tensor],
+    buffers: Sequence[Sequence[Tensor]],
+    *,
+    share: bool = False,
+    staged: bool = False,
+    compile: bool = False,
 ) -> Iterator[_Block]:
     """Blocks that cover all tensors, in an order that depends on their kinds and sizes alone.
 
     Args:
         live: the live tensors.
         buffers: the buffers; an empty one is kept elsewhere.
-        share: whether blocks should be small enough to stay in cache.
-        compile: give every large tensor a block of its own.
+        share: whether blocks on CPUs should be small enough to stay in cache.
+        staged: whether all blocks must be, because they pass through memory of the host.
+        compile: give every large tensor, or piece of one that is staged, a block of its own.
     """
     columns = [(tensor, [b[i] if b else None for b in buffers]) for i, tensor in enumerate(live)]
     block, kind, room = _Block(), None, 0
     for tensor, own in sorted(columns, key=lambda column: str(_kind(*column))):
         flat = all(t is None or t.is_contiguous() for t in (tensor, *own))
         whole = compile and flat and tensor.numel() >= _fused.SMALLEST
-        size = _CPU_BLOCK if share and tensor.device.type == "cpu" else _BLOCK
-        size = tensor.numel() if whole else size
+        size = _CPU_BLOCK if staged or (share and tensor.device.type == "cpu") else _BLOCK
+        size = tensor.numel() if whole and not staged else size
         parts = [None if t is None else _pieces(t, size, flat) for t in own]
         for n, piece in enumerate(_pieces(tensor, size, flat)):
             if whole or room < piece.numel() or kind != _kind(tensor, own):
@@ -155,7 +187,18 @@ def _kind(tensor: Tensor, own: Sequence[Tensor | None]) -> tuple[object, ...]:
 
 
 def _pieces(tensor: Tensor, size: int, flat: bool) -> tuple[Tensor, ...]:
-    return tensor.view(-1).split(size) if flat and 0 < size <= tensor.numel() else (tensor,)
+    """``tensor`` in order, in pieces of at most ``size`` elements."""
+    if flat and 0 < size <= tensor.numel():
+        return tensor.view(-1).split(size)
+    if tensor.numel() <= size:
+        return (tensor,)
+    if rows := size * len(tensor) // tensor.numel():
+        return tensor.split(rows)
+    return tuple(piece for row in tensor for piece in _pieces(row, size, flat))
+
+
+def _updating(block: _Block, rows: Sequence[RowUpdate], noise: _Noise) -> Callable[[list[Tensor]], None]:
+    return lambda copies: _update(replace(block, live=copies), rows, noise)
 
 
 def _update(block: _Block, rows: Sequence[RowUpdate], noise: _Noise) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lagless.averaging._sharding import Sharding, fsdp_modules, is_sharded, local
+
 Source = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
@@ -41,11 +43,12 @@ class LiveTensors:
     From a module: its trainable parameters. Frozen parameters and buffers are left out: what the model holds serves the
     average too, and extrapolating a running variance or a mask of infinities would not. From names and tensors: all
     floating-point ones but frozen ``nn.Parameter``. A tensor under several names (tied weights) counts once, under the
-    first.
+    first. Of a sharded tensor, the part on this rank is what is averaged.
 
     Attributes:
         names: one per distinct tensor.
         aliases: every further name of a tied tensor, mapped to the one in ``names``.
+        shardings: how each of them lies on the ranks.
     """
 
     def __init__(self, source: Source) -> None:
@@ -54,6 +57,8 @@ class LiveTensors:
         self._places: list[_Place] = []
         self._tied: list[tuple[str, _Place, _Place]] = []
         self._frozen: list[tuple[str, _Place]] = []
+        self._fsdp = fsdp_modules(source) if isinstance(source, nn.Module) else []
+        self._reshard()
         seen: dict[Hashable, int] = {}
         for name, place in _entries(source):
             if name in self.names or name in self.aliases:
@@ -75,22 +80,23 @@ class LiveTensors:
                 "there is nothing to average: no trainable floating-point parameter was given. "
                 "Unfreeze parameters before making the Averager, or pass named tensors."
             )
-        self._shapes = [place.get().shape for place in self._places]
+        self.shardings = [Sharding.of(place.get()) for place in self._places]
 
     def tensors(self) -> list[Tensor]:
-        """The tensors as they are now, detached, in the order of ``names``.
+        """The tensors as they are now on this rank, detached, in the order of ``names``.
 
         Raises:
-            RuntimeError: if one has changed its shape, or tied weights have come apart.
+            RuntimeError: if one has changed its shape or sharding, or tied weights have come apart.
         """
+        self._reshard()
         for name, place, first in self._tied:
             if _memory_of(place.get(), name) != _memory_of(first.get(), name):
                 raise RuntimeError(f"{name} is no longer tied to {self.aliases[name]}; {_ANEW}")
-        tensors = [place.get().detach() for place in self._places]
-        for name, tensor, shape in zip(self.names, tensors, self._shapes, strict=True):
-            if tensor.shape != shape:
-                raise RuntimeError(f"{name} changed its shape from {tuple(shape)} to {tuple(tensor.shape)}; {_ANEW}")
-        return tensors
+        tensors = [place.get() for place in self._places]
+        for name, tensor, sharding in zip(self.names, tensors, self.shardings, strict=True):
+            if (now := Sharding.of(tensor)) != sharding:
+                raise RuntimeError(f"{name} changed its shape from {sharding} to {now}; {_ANEW}")
+        return [local(tensor) for tensor in tensors]
 
     def check_frozen(self) -> None:
         """Refuse averages that lack parameters which train by now.
@@ -104,12 +110,19 @@ class LiveTensors:
 
     def restore(self, bits: list[Tensor]) -> None:
         """Give every tensor the values, dtype and device of ``bits``."""
-        for place, saved in zip(self._places, bits, strict=True):
+        self._reshard()
+        for place, sharding, saved in zip(self._places, self.shardings, bits, strict=True):
             tensor = place.get()
-            if (tensor.dtype, tensor.device) == (saved.dtype, saved.device):
-                tensor.detach().copy_(saved)
+            part = local(tensor)
+            if (part.dtype, part.device) == (saved.dtype, saved.device):
+                part.copy_(saved)
             else:
-                tensor.data = saved
+                tensor.data = sharding.present(saved)
+
+    def _reshard(self) -> None:
+        """Put the sharded parameters of FSDP back: after a forward pass, gathered copies may stand in their place."""
+        for module in self._fsdp:
+            module.reshard()
 
 
 _ANEW = "make a new Averager after changing the model."
@@ -130,28 +143,43 @@ def _entries(source: Source) -> Iterator[tuple[str, _Place]]:
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
-    wrappers = nn.parallel.DistributedDataParallel, nn.DataParallel
-    while isinstance(module, wrappers) or hasattr(module, "_orig_mod"):
-        module = module.module if isinstance(module, wrappers) else module._orig_mod  # type: ignore[assignment]
+    while hasattr(module, "_orig_mod") or _is_wrapper(module):
+        module = module._orig_mod if hasattr(module, "_orig_mod") else module.module  # type: ignore[assignment]
     return module
 
 
+def _is_wrapper(module: nn.Module) -> bool:
+    kinds = nn.parallel.DistributedDataParallel, nn.DataParallel
+    return isinstance(module, kinds) or type(module).__name__ == "DeepSpeedEngine"
+
+
 def _plain(name: str) -> str:
-    """The name without the levels that compiling single blocks adds."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    """The name without the levels that compiling or checkpointing single blocks adds."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
 
 
 def _memory_of(tensor: Tensor, name: str) -> Hashable:
     """Equal for tensors that are the same memory seen in the same way."""
+    if is_sharded(tensor):
+        return id(tensor)  # parts may be empty on some ranks, and all ranks must find the same ties
     if tensor.numel() == 0:
         return name
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _require_supported(name: str, tensor: Tensor) -> None:
-    if hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id"):
-        kind = "DTensor" if hasattr(tensor, "device_mesh") else "DeepSpeed ZeRO-3"
-        raise NotImplementedError(f"{name} is sharded ({kind}), which the Averager does not support.")
+    if hasattr(tensor, "ds_id"):
+        raise NotImplementedError(
+            f"{name} is partitioned by DeepSpeed ZeRO-3, which leaves parameters without elements between their uses. "
+            "Train with ZeRO stage 1 or 2, or with FSDP2 (torch.distributed.fsdp.fully_shard)."
+        )
+    if getattr(tensor, "_fsdp_flattened", False):
+        raise NotImplementedError(
+            f"{name} belongs to FullyShardedDataParallel (FSDP1), which flattens parameters together. Shard with FSDP2: "
+            "torch.distributed.fsdp.fully_shard, in Accelerate and the Trainer fsdp_version: 2."
+        )
+    if any(placement.is_partial() for placement in Sharding.of(tensor).placements):
+        raise ValueError(f"{name} is a DTensor of partial sums, {Sharding.of(tensor)}; reduce it first.")
     if tensor.is_complex() or tensor.layout != torch.strided or tensor.device.type == "meta":
         raise ValueError(
             f"{name} is {tensor.dtype}, {tensor.layout}, on device {tensor.device}; the Averager needs dense real "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lagless.averaging._live import LiveTensors
+from lagless.averaging._sharding import Sharding
 from lagless.posthoc import Checkpoint, fingerprint, open_checkpoint
 
 
@@ -17,9 +19,8 @@ class StoredStart:
 
     Args:
         path: a model folder or weights file.
-        names: the tensors to find in it.
-        aliases: further names of tied tensors.
-        live: the live tensors.
+        tensors: those to find in it.
+        live: what they are now.
 
     Attributes:
         mismatch: why the live weights are not θ_0, if they differ from the stored ones; a state that is loaded makes
@@ -29,32 +30,38 @@ class StoredStart:
         ValueError: if a tensor is missing.
     """
 
-    def __init__(
-        self, path: str | PathLike[str], names: list[str], aliases: Mapping[str, str], live: list[Tensor]
-    ) -> None:
+    def __init__(self, path: str | PathLike[str], tensors: LiveTensors, live: list[Tensor]) -> None:
         self.path = Path(path)
         self.fingerprint = fingerprint(self.path)
         self.mismatch: str | None = None
         self._verified = _stamp(self.path)
         checkpoint = open_checkpoint(self.path)
-        self._stored_names: dict[str, str] = {}
-        for name, tensor in zip(names, live, strict=True):
-            known = [
-                n for n in (name, *(a for a, first in aliases.items() if first == name)) if n in checkpoint.tensors
-            ]
+        self._stored: dict[str, tuple[str, Sharding]] = {}
+        for name, tensor, sharding in zip(tensors.names, live, tensors.shardings, strict=True):
+            aliases = (alias for alias, first in tensors.aliases.items() if first == name)
+            known = [n for n in (name, *aliases) if n in checkpoint.tensors]
             if not known:
                 raise ValueError(f"start={str(path)!r} has no tensor {name!r}; give the base of this very model.")
-            self._stored_names[name] = known[0]
-            if self.mismatch is None and not torch.equal(checkpoint.read_tensor(known[0]).to(tensor.device), tensor):
+            self._stored[name] = known[0], sharding
+            fits = checkpoint.tensors[known[0]].shape == sharding.shape
+            if self.mismatch is None and not (
+                fits and torch.equal(self.read(checkpoint, name).to(tensor.device), tensor)
+            ):
                 self.mismatch = (
                     f"start={str(path)!r}: {name} differs from the live weights at the start, so this is not θ_0. Make "
                     "the Averager right after loading that checkpoint, in the same dtype; or, to resume, load the "
                     "averager's state before the first update."
                 )
 
-    def stored_name(self, name: str) -> str:
-        """The name under which the checkpoint holds the tensor ``name``."""
-        return self._stored_names[name]
+    def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        """This rank's part of the tensor ``name``; of the others' no more than lies between its rows is read."""
+        stored, sharding = self._stored[name]
+        if sharding.mesh is None or not sharding.shape:
+            return checkpoint.read_tensor(stored)
+        rows, *others = sharding.box
+        width = math.prod(sharding.shape[1:])
+        part = checkpoint.read_range(stored, rows.start * width, rows.stop * width)
+        return part.reshape(rows.stop - rows.start, *sharding.shape[1:])[(slice(None), *others)]
 
     def require_verified(self) -> None:
         """Refuse to go on when the live weights did not start at the stored ones.

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import safetensors
-import safetensors.torch
 from torch import Tensor
+
+from lagless.averaging._sharding import gather, is_sharded
+from lagless.posthoc.ranks import Ranks
+from lagless.posthoc.readers import Bytes, byte_view
+from lagless.posthoc.safetensors_format import TensorInfo, build_header
 
 FORMAT = 1
 _KEY = "lagless"
@@ -24,16 +28,31 @@ class State(TypedDict):
 
 
 def save_file(state: State, path: str | PathLike[str]) -> None:
-    """Write ``state`` to one safetensors file; it appears under its name only when complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``state`` to one safetensors file; it appears under its name only when complete.
+
+    Sharded tensors are gathered one by one on all ranks, of which the first writes.
+    """
+    path, tensors = Path(path), state["tensors"]
+    ranks = Ranks.of_the_run() if any(map(is_sharded, tensors.values())) else Ranks()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    header, offsets = build_header(infos, {_KEY: json.dumps(state["meta"])})
+
+    def write(content: bytes | Bytes, mode: str) -> None:
+        if ranks.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open(mode) as file:
+                file.write(content)
+
     try:
-        tensors = {name: tensor.contiguous() for name, tensor in state["tensors"].items()}
-        safetensors.torch.save_file(tensors, partial, metadata={_KEY: json.dumps(state["meta"])})
-        os.replace(partial, path)
+        ranks.together(lambda: write(header, "wb"))
+        for name in offsets:
+            whole = gather(tensors[name])
+            ranks.together(lambda whole=whole: write(byte_view(whole.cpu().contiguous()), "ab"))
+        ranks.together(lambda: os.replace(partial, path) if ranks.rank == 0 else None)
     finally:
-        partial.unlink(missing_ok=True)
+        if ranks.rank == 0:
+            partial.unlink(missing_ok=True)
 
 
 def load_file(path: str | PathLike[str]) -> State:

@@ -25,10 +25,9 @@ _SIZE, _POINTER = ctypes.c_size_t, ctypes.c_void_p
 def multiply(weights: Tensor, x: Tensor, out: Tensor) -> Tensor:
     """``out ← weights · x``, shapes (G, N), (N, C) and (G, C), float32 or float64; rows without gaps.
 
-    Without a C compiler, and for so few rows that memory is the limit, it is ``torch.mm``. The environment variable
-    ``CC`` names the compiler.
+    Without a C compiler, which the environment variable ``CC`` may name, it is ``torch.mm``.
     """
-    library = _library() if len(weights) > 1 else None
+    library = _library()
     if library is None:
         return torch.mm(weights, x, out=out)
     rows, columns = weights.shape

@@ -103,13 +103,15 @@ def read_header(path: Path) -> dict[str, Stored]:
     return _check_layout(path, header, _LENGTH.size + length, size)
 
 
-def build_header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
-    """The header of a file that holds ``tensors``, and the byte at which each of them begins.
+def build_header(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """The header of a file that holds ``tensors``, and the byte at which each of them begins, in the order of the file.
 
     Wider types come first, as the safetensors library orders them, so that every tensor is aligned to its element size.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offsets, end = {}, 0
     for name in order:
         info = tensors[name]

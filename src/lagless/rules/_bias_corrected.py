@@ -37,6 +37,7 @@ class BEMA(Rule):
             stays at the initial weights. ``"offline"``: the authors' offline code, s = max(t - τ + ρ, 1), β = (1 +
             γs)^-κ, α = (1 + s)^-η (their runs use ``min_ema_multiplier=1e-4``). ``"online"``: the authors' callback,
             s = max(0, t - ρ), β = γ(1 + s)^-κ, α = γ(1 + s)^-η.
+            ``"pace"``: as online, but β = (1 + γs)^-κ, α = (1 + γs)^-η.
 
     Raises:
         ValueError: if an argument is out of range or β leaves (0, 1] at the first update.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, fields
+from typing import Literal
 
-from lagless._validation import check_number
+from lagless._validation import check_choice, check_number
 from lagless.rules._power import POWER_ARGUMENTS, check_power, power_gain
 from lagless.rules._rule import Average, Read, Rule, Update, lerp
 from lagless.schedules import ConstantGain, Gain, HalfLifeGain, ProfileGain, Tick
@@ -38,6 +39,8 @@ class EMA(Rule):
         decay: in [0, 1).
         half_life: in optimizer steps, > 0.
         half_life_fraction: f in (0, 1).
+        form: of the power form: ``"pace"`` is β_t = max((1 + γ·max(0, t - ρ))^-κ, floor), PACE's own, in which ρ is a
+            delay.
 
     Raises:
         ValueError: if an argument is out of range, if β leaves (0, 1], or if β is set in two ways.
@@ -60,10 +63,12 @@ class EMA(Rule):
     decay: float | None = None
     half_life: float | None = None
     half_life_fraction: float | None = None
+    form: Literal["algorithm_1", "pace"] = "algorithm_1"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_power(self)
+        check_choice(self, "form", ("algorithm_1", "pace"))
+        check_power(self, self.form)
         widths = [name for name in ("decay", "half_life", "half_life_fraction") if getattr(self, name) is not None]
         changed = [f.name for f in fields(self) if f.name in POWER_ARGUMENTS and getattr(self, f.name) != f.default]
         if len(widths) > 1 or (widths and changed):
@@ -87,7 +92,7 @@ class EMA(Rule):
             return HalfLifeGain(self.half_life)
         if self.half_life_fraction is not None:
             return ProfileGain(math.log(2.0) / self.half_life_fraction, self.update_after)
-        return power_gain(self)
+        return power_gain(self, self.form)
 
     @property
     def labels(self) -> tuple[Hashable, ...]:

@@ -8,7 +8,7 @@ from typing import Protocol
 from lagless._validation import check_number
 from lagless.schedules import Form, PowerClock, PowerGain, Tick
 
-POWER_ARGUMENTS: tuple[str, ...] = ("ema_power", "multiplier", "lag", "min_ema_multiplier")
+POWER_ARGUMENTS: tuple[str, ...] = ("ema_power", "multiplier", "lag", "min_ema_multiplier", "form")
 
 
 class PowerRule(Protocol):
@@ -63,7 +63,7 @@ def check_power(rule: PowerRule, form: Form = "algorithm_1") -> None:
     check_number(rule, "lag", minimum=0.0, finite=True)
     check_number(rule, "min_ema_multiplier", minimum=0.0, maximum=1.0)
     first = rule.update_after + rule.update_freq
-    base = rule.lag + rule.multiplier * first
+    base = 1.0 if form == "pace" else rule.lag + rule.multiplier * first
     beta = power_gain(rule, form)(Tick(first, rule.update_after, 1)) if base > 0.0 else math.inf
     if not 0.0 < beta <= 1.0:
         remedy = "Raise lag, so that lag + multiplier * step is at least 1."
