@@ -16,6 +16,7 @@ from lagless._version import __version__
 from lagless.cli import _theory
 from lagless.cli._checkpoints import average, inspect_command
 from lagless.cli._console import err, out
+from lagless.cli._report import report
 from lagless.posthoc import CheckpointError
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command("average")(average)
 app.command("inspect")(inspect_command)
+app.command("report")(report)
 app.add_typer(_theory.app, name="theory")
 
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
 
 LEVEL = 0.05
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(float(array.mean()), spread, array.size)
 
 
-def paired_difference(method: Mapping[Hashable, float], baseline: Mapping[Hashable, float]) -> Mean:
+def paired_difference(method: Mapping[Key, float], baseline: Mapping[Key, float]) -> Mean:
     """Mean of method - baseline over the runs both have done, matched by key (a seed, or a seed and a prompt's number).
 
     Runs of one seed share data order and initial weights, whose effect cancels in the difference.

@@ -1,0 +1,119 @@
+"""What the runs of a study say of its claims."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lagless.experiments.report._study import Claim, Run, Setting, Study
+from lagless.experiments.statistics import Mean, Verdict, holm, paired_difference, verdict
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
+
+    Attributes:
+        setting: the hyperparameters that were chosen.
+        scores: seed → the compared score.
+        budget: how many settings there were to choose from.
+        diverged: how many of them diverged on a seed, and could not be chosen.
+    """
+
+    setting: Setting
+    scores: dict[int, float]
+    budget: int
+    diverged: int
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of a claim; ``p_value`` is Holm's over all claims of the study."""
+
+    claim: Claim
+    method: Side
+    baseline: Side
+    difference: Mean
+    p_value: float
+    verdict: Verdict
+
+    @property
+    def equal_budgets(self) -> bool:
+        """Whether both sides had as many settings to choose from."""
+        return self.method.budget == self.baseline.budget
+
+
+def compare(study: Study) -> list[Finding]:
+    """Test every claim of a study: settings are chosen by the score named beforehand, differences paired by seed.
+
+    Raises:
+        ValueError: if a claim names a method or a score that no run has, or seeds differ between its two sides.
+    """
+    pairs = [(_side(study, claim, claim.method), _side(study, claim, claim.baseline)) for claim in study.claims]
+    differences = [paired_difference(method.scores, baseline.scores) for method, baseline in pairs]
+    corrected = holm([difference.p_value for difference in differences])
+    return [
+        Finding(claim, *pair, difference, p, verdict(difference, claimed=claim.claimed, p_value=p))
+        for claim, pair, difference, p in zip(study.claims, pairs, differences, corrected, strict=True)
+    ]
+
+
+def settings_of(runs: Iterable[Run], method: str) -> list[list[Run]]:
+    """The runs of a method, one list per setting, in the order of their first appearance."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.method == method:
+            groups.setdefault(json.dumps(run.setting, sort_keys=True), []).append(run)
+    return list(groups.values())
+
+
+def best_setting(groups: Sequence[list[Run]], score: str, maximize: bool = False) -> list[Run]:
+    """The setting with the smallest (largest) mean score over its seeds, among those that did not diverge."""
+    sign = -1 if maximize else 1
+    whole = [group for group in groups if all(run.scores is not None for run in group)]
+    if not whole:
+        raise ValueError(f"every setting of {groups[0][0].method!r} diverged on some seed; none can be compared.")
+    return min(whole, key=lambda group: sign * float(np.mean([score_of(run, score) for run in group])))
+
+
+def score_of(run: Run, score: str) -> float:
+    """A run's score.
+
+    Raises:
+        ValueError: if the run has no such score.
+    """
+    if run.scores is None or score not in run.scores:
+        raise ValueError(
+            f"the run of {run.method!r} with {run.setting}, seed {run.seed}, has no score {score!r}; it has "
+            f"{', '.join(run.scores or {}) or 'none, since it diverged'}."
+        )
+    return run.scores[score]
+
+
+def _side(study: Study, claim: Claim, method: str) -> Side:
+    known = {key for run in study.runs if run.method == method for key in run.setting}
+    at = {key: value for key, value in claim.at.items() if key in known}
+    groups = [
+        group
+        for group in settings_of(study.runs, method)
+        if all(group[0].setting.get(key) == value for key, value in at.items())
+    ]
+    if not groups:
+        raise ValueError(f"{study.name}: no run of {method!r} at {at}, but the claim {claim.text!r} needs one.")
+    if claim.selected_by is not None:
+        chosen = best_setting(groups, claim.selected_by, claim.maximize)
+    elif len(groups) == 1:
+        chosen = groups[0]
+    else:
+        raise ValueError(
+            f"{study.name}: {len(groups)} settings of {method!r} fit the claim {claim.text!r}; give selected_by, or "
+            "fix them by at."
+        )
+    seeds = [run.seed for run in chosen]
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"{study.name}: two runs of {method!r} with {chosen[0].setting} have the same seed.")
+    diverged = sum(any(run.scores is None for run in group) for group in groups)
+    return Side(chosen[0].setting, {r.seed: score_of(r, claim.score) for r in chosen}, len(groups), diverged)

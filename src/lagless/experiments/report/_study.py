@@ -1,0 +1,105 @@
+"""A study: the claims it was made to test, stated before its runs, and the runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Value = bool | int | float | str | None
+Setting = dict[str, Value]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Run(_Record):
+    """One run, or one average of a run, and how it scored."""
+
+    method: str = Field(description="what is compared, e.g. 'bema'")
+    setting: Setting = Field(description="its hyperparameters; one combination is one point of the tuning budget")
+    seed: int = Field(description="of data order, initial weights and dropout; methods are paired by it")
+    scores: dict[str, float] | None = Field(description="'split/metric' to value; null if the run diverged")
+    curves: dict[str, list[tuple[float, float]]] = Field(default={}, description="'split/metric' to (step, value)")
+
+
+class Claim(_Record):
+    """A comparison that was fixed before the runs: ``score(method) - score(baseline)`` has the claimed sign."""
+
+    text: str = Field(description="what is claimed")
+    source: str = Field(description="who claims it: paper, figure or table; or 'ours'")
+    number: str | None = Field(default=None, description="the size of the effect as the source gives it")
+    method: str
+    baseline: str
+    score: str = Field(description="what is compared, e.g. 'test/loss'")
+    claimed: Literal[-1, 1] = Field(description="sign of method - baseline that is claimed; -1: smaller")
+    selected_by: str | None = Field(
+        default=None, description="score by which each side's setting is chosen (smallest mean over seeds); null: `at`"
+    )
+    maximize: bool = Field(default=False, description="choose the largest instead of the smallest `selected_by`")
+    at: Setting = Field(
+        default={}, description="hyperparameters held fixed on the method's side, and on the baseline's"
+    )
+
+
+class Figure(_Record):
+    """A picture of the report."""
+
+    kind: Literal["curves", "map"]
+    caption: str
+    score: str
+    methods: list[str] = Field(description="curves: one line each, at the setting with the smallest final score")
+    x: str | None = Field(default=None, description="map: hyperparameter along x")
+    y: str | None = Field(default=None, description="map: hyperparameter along y")
+    minus: str | None = Field(default=None, description="map: the method that is subtracted, seed by seed")
+
+
+class Study(_Record):
+    """Claims, runs, and everything needed to repeat them."""
+
+    format: Literal[1] = 1
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9\-]*$")
+    title: str
+    question: str
+    scale: str = Field(description="model, data, steps and batch: what the results hold for")
+    claims: list[Claim]
+    figures: list[Figure] = []
+    runs: list[Run]
+    notes: list[str] = Field(default=[], description="what went otherwise than planned, and what did not work")
+    commands: list[str] = Field(description="the commands that made it")
+    commit: str | None
+    machine: dict[str, Value]
+    seconds: float = Field(description="computing time of all runs")
+
+
+def load_study(path: str | PathLike[str]) -> Study:
+    """Read a study.
+
+    Raises:
+        ValueError: if the file is no study, naming the field.
+    """
+    try:
+        return Study.model_validate_json(Path(path).read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ValueError(f"{path}: {where}: {first['msg']} ({error.error_count()} problems in all).") from error
+
+
+def save_study(study: Study, path: str | PathLike[str]) -> None:
+    """Write a study as JSON, one run a line; it appears under its name only when complete."""
+    path = Path(path)
+    document: dict[str, Any] = {"format": study.format} | study.model_dump(exclude_defaults=True)
+    runs = ",\n".join("  " + json.dumps(run) for run in document.pop("runs"))
+    head = json.dumps(document, indent=1, ensure_ascii=False)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(f'{head[:-2]},\n "runs": [\n{runs}\n ]\n}}\n', encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

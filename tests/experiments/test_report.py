@@ -1,0 +1,170 @@
+import json
+import re
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from lagless.cli import app
+from lagless.experiments.report import Claim, Figure, Run, Study, compare, load_study, save_study, write_reports
+from lagless.experiments.statistics import Verdict, paired_difference
+
+EFFECT, SEEDS = {"ema": 0.0, "bema": -0.3, "dema": 0.3, "ouema": 0.0}, range(5)
+
+
+def study(**changes) -> Study:
+    """Four methods over three settings and five seeds; seeds differ by much more than methods do."""
+    rng = np.random.default_rng(0)
+    shared = rng.normal(0, 5, size=len(SEEDS))
+    runs = [
+        Run(
+            method=method,
+            setting={"kappa": kappa, "eta": 0.2},
+            seed=seed,
+            scores={
+                "valid/loss": shared[seed] + effect + (kappa - 0.5) ** 2,
+                # on test data another setting would be best: choosing by it would show
+                "test/loss": shared[seed] + effect + (kappa - 0.2) ** 2 + rng.normal(0, 0.01),
+            },
+            curves={"test/loss": [(1, 3.0), (2, 2.0 + effect)]},
+        )
+        for method, effect in EFFECT.items()
+        for kappa in (0.2, 0.5, 0.8)
+        for seed in SEEDS
+    ]
+    claims = [
+        Claim(text=f"{m} beats EMA", source="ours", method=m, baseline="ema", score="test/loss", claimed=-1,
+              selected_by="valid/loss")
+        for m in ("bema", "dema", "ouema")
+    ]  # fmt: skip
+    figures = [
+        Figure(kind="curves", caption="curves", score="test/loss", methods=["ema", "bema"]),
+        Figure(kind="map", caption="map", score="test/loss", methods=["bema"], x="kappa", y="eta", minus="ema"),
+    ]
+    parts = dict(
+        name="toy", title="A toy | with a bar", question="Which?", scale="numbers", claims=claims, runs=runs,
+        figures=figures, commands=["python toy.py"], commit="abc", machine={"cpu": "toy"}, seconds=60.0,
+        notes=["nothing <odd>"],
+    )  # fmt: skip
+    return Study(**(parts | changes))
+
+
+def test_verdicts_on_known_effects():
+    findings = compare(study())
+    assert [f.verdict for f in findings] == [Verdict.REPRODUCED, Verdict.CONTRADICTED, Verdict.NOT_SEEN]
+    assert findings[0].difference.value == pytest.approx(-0.3, abs=0.02)
+    assert findings[0].difference.n == 5
+
+
+def test_settings_are_chosen_by_the_validation_score_alone():
+    for finding in compare(study()):
+        assert finding.method.setting["kappa"] == finding.baseline.setting["kappa"] == 0.5
+        assert (finding.method.budget, finding.equal_budgets) == (3, True)
+
+
+def test_p_values_are_corrected_for_all_claims_of_the_study():
+    whole = study()
+    alone = [compare(whole.model_copy(update={"claims": [claim]}))[0].p_value for claim in whole.claims]
+    together = [finding.p_value for finding in compare(whole)]
+    assert together[np.argmin(alone)] == pytest.approx(3 * min(alone))
+
+
+def test_a_setting_that_diverged_on_one_seed_cannot_be_chosen_and_is_counted():
+    whole, diverged = study(), ("bema", 0.5, 3)
+    runs = [
+        run.model_copy(update={"scores": None} if (run.method, run.setting["kappa"], run.seed) == diverged else {})
+        for run in whole.runs
+    ]
+    finding = compare(whole.model_copy(update={"runs": runs}))[0]
+    assert finding.method.setting["kappa"] != 0.5 and finding.method.diverged == 1
+
+
+def test_settings_held_fixed_apply_to_the_sides_that_have_them():
+    whole = study()
+    extra = [Run(method="live", setting={}, seed=s, scores={"test/loss": 0.0}) for s in SEEDS]
+    claim = Claim(
+        text="at 0.2", source="ours", method="bema", baseline="live", score="test/loss", claimed=-1, at={"kappa": 0.2}
+    )
+    finding = compare(whole.model_copy(update={"runs": whole.runs + extra, "claims": [claim]}))[0]
+    assert finding.method.setting["kappa"] == 0.2 and finding.baseline.setting == {}
+
+
+def test_a_study_survives_its_file(tmp_path):
+    path = tmp_path / "toy.json"
+    save_study(study(), path)
+    assert load_study(path) == study()
+    assert [p.name for p in tmp_path.iterdir()] == ["toy.json"]
+
+
+def test_reports_tell_what_was_found(tmp_path):
+    page = write_reports([study()], tmp_path).read_text()
+    for found in (
+        "reproduced",
+        "contradicted",
+        "not seen",
+        "A toy | with a bar",
+        "nothing &lt;odd&gt;",
+        "python toy.py",
+    ):
+        assert found in page
+    assert page.count("data:image/png;base64,") == 2 and not re.search(r'(src|href)="?https?:', page)
+    table = (tmp_path / "toy.md").read_text()
+    shown = paired_difference(compare(study())[0].method.scores, compare(study())[0].baseline.scores)
+    assert f"{shown.value:+.4f} ± {shown.standard_error:.4f}" in table and "A toy" in table
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        ({"method": "nobody"}, "no run of 'nobody'"),
+        ({"score": "test/nothing"}, "has no score 'test/nothing'"),
+        ({"selected_by": None}, "give selected_by"),
+    ],
+)
+def test_claims_that_the_runs_cannot_answer(claim, message):
+    whole = study()
+    with pytest.raises(ValueError, match=message):
+        compare(whole.model_copy(update={"claims": [whole.claims[0].model_copy(update=claim)]}))
+
+
+@pytest.mark.parametrize(("seeds", "message"), [([0, 1, 2], "same seeds"), ([0, 1, 2, 3, 4, 4], "same seed")])
+def test_runs_that_cannot_be_paired(seeds, message):
+    runs = [Run(method="ema", setting={}, seed=seed, scores={"loss": 1.0}) for seed in SEEDS]
+    runs += [Run(method="bema", setting={}, seed=seed, scores={"loss": 1.0}) for seed in seeds]
+    claim = Claim(text="", source="ours", method="bema", baseline="ema", score="loss", claimed=-1)
+    with pytest.raises(ValueError, match=message):
+        compare(study(runs=runs, claims=[claim]))
+
+
+def remove_title(document):
+    del document["title"]
+
+
+def add_a_field(document):
+    document["colour"] = "red"
+
+
+def remove_a_seed(document):
+    del document["runs"][0]["seed"]
+
+
+@pytest.mark.parametrize("damage", [remove_title, add_a_field, remove_a_seed])
+def test_a_damaged_study_is_refused(tmp_path, damage):
+    path = tmp_path / "toy.json"
+    save_study(study(), path)
+    document = json.loads(path.read_text())
+    damage(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="toy.json"):
+        load_study(path)
+
+
+def test_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments" / "results").mkdir(parents=True)
+    runner = CliRunner()
+    nothing = runner.invoke(app, ["report"])
+    assert isinstance(nothing.exception, ValueError) and "experiments/results" in str(nothing.exception)
+    save_study(study(), tmp_path / "experiments" / "results" / "toy.json")
+    assert runner.invoke(app, ["report", "-o", "out"]).exit_code == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"report.html", "toy.md"}
