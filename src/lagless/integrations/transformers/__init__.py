@@ -1,0 +1,3 @@
+"""Averaging in the Trainer of transformers, and in every trainer that derives from it, such as TRL's."""
+
+from lagless.integrations.transformers._callback import AveragingCallback as AveragingCallback

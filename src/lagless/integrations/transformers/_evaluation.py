@@ -1,0 +1,112 @@
+"""The Trainer's own evaluation, of averages, without a trace in the training run."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import speed_metrics
+
+from lagless.averaging import Averager
+
+
+def evaluate_averages(
+    trainer: Trainer,
+    model: nn.Module,
+    averager: Averager,
+    names: Iterable[str],
+    eval_dataset: Any,
+    ignore_keys: list[str] | None,
+    metric_key_prefix: str,
+) -> dict[str, float]:
+    """Do for averages what ``Trainer.evaluate`` has just done for the live model, and log it.
+
+    ``Trainer.evaluate`` itself would raise ``on_evaluate`` again, and callbacks that count evaluations, such as early
+    stopping, would count each average as one more.
+
+    Args:
+        trainer: between two steps, or before or after training.
+        model: the Trainer's.
+        averager: the averages of it.
+        names: which of them; each has had an update.
+        eval_dataset: as ``Trainer.evaluate`` takes it.
+        ignore_keys: likewise.
+        metric_key_prefix: of the live model's metrics.
+
+    Returns:
+        The metrics; those of the average ``name`` begin with ``{metric_key_prefix}_{name}_``.
+    """
+    merged: dict[str, float] = {}
+    for name in names:
+        prefix = f"{metric_key_prefix}_{name}"
+        began = time.time()
+        with same_random_state(model), averager.applied(name):
+            # A new one, as in evaluate(): an iterator with a state of its own would give the average other batches.
+            batches = trainer.get_eval_dataloader(eval_dataset)
+            output = trainer.evaluation_loop(
+                batches,
+                description=f"Evaluation of {name}",
+                prediction_loss_only=True if trainer.compute_metrics is None else None,
+                ignore_keys=ignore_keys,
+                metric_key_prefix=prefix,
+            )
+        metrics = output.metrics or {}
+        metrics |= {f"{prefix}_{key}": value for key, value in _take_metrics_aside(trainer).items()}
+        count = output.num_samples or 0
+        size = trainer.args.eval_batch_size * trainer.args.world_size
+        metrics |= speed_metrics(prefix, began, num_samples=count, num_steps=math.ceil(count / size))
+        trainer.log(metrics)
+        merged |= metrics
+    return merged
+
+
+def average_of(metric: str, names: Iterable[str], eval_dataset: Any) -> str | None:
+    """The average whose metric ``metric`` is, or None: the live model's.
+
+    Args:
+        metric: as in ``metric_for_best_model``; ``eval_`` may be left out.
+        names: the averages.
+        eval_dataset: the Trainer's; a dictionary's keys are part of the metrics' names.
+
+    >>> average_of("eval_bema_loss", ["bema", "ema"], None), average_of("loss", ["bema", "ema"], None)
+    ('bema', None)
+    >>> average_of("code_ema_accuracy", ["bema", "ema"], {"code": ..., "text": ...})
+    'ema'
+    """
+    key = metric if metric.startswith("eval_") else f"eval_{metric}"
+    sets = [f"eval_{dataset}" for dataset in eval_dataset] if isinstance(eval_dataset, dict) else ["eval"]
+    prefixes = {f"{dataset}_{name}_": name for dataset in sets for name in names}
+    matching = [prefix for prefix in prefixes if key.startswith(prefix)]
+    return prefixes[max(matching, key=len)] if matching else None
+
+
+@contextmanager
+def same_random_state(model: nn.Module) -> Iterator[None]:
+    """Python's, numpy's and torch's generators after the block as before it; a data loader draws even in order."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
+    device_type = next(iter(devices)).type if devices else "cuda"
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device.index for device in devices], device_type=device_type):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _take_metrics_aside(trainer: Trainer) -> dict[str, float]:
+    """Means of what TRL's trainers collect beside the loop, and would log next as the live model's."""
+    collected = getattr(trainer, "_metrics", None)
+    if not (isinstance(collected, dict) and isinstance(collected.get("eval"), dict)):
+        return {}
+    lists = {key: [value for value in values if not math.isnan(value)] for key, values in collected["eval"].items()}
+    collected["eval"].clear()
+    return {key: sum(values) / len(values) for key, values in lists.items() if values}
