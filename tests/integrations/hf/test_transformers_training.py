@@ -1,11 +1,14 @@
 """The ways in which people train: each must average the weights of every real optimizer step, and nothing else."""
 
+import time
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
 from lagless import BEMA, EMA, Averager
+from lagless.averaging import _bank, _offload
 from lagless.integrations.transformers import AveragingCallback
 
 RULE = BEMA(update_freq=2)
@@ -185,3 +188,23 @@ def test_storage_options_reach_the_averager(hf, tmp_path):
     assert all(tensor.dtype == torch.float64 for tensor in tensors.values())
     assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in recorder.iterates[0].values())
     assert type(callback.averager) is Averager
+
+
+def test_averages_on_the_host_are_complete_before_the_best_weights_come_back(hf, tmp_path, monkeypatch):
+    """Copies that start late stand for a busy device; the CPU plays the accelerator."""
+
+    class Late(_offload.CopyStream):
+        def copy(self, pieces, copies):
+            time.sleep(0.02)
+            return super().copy(pieces, copies)
+
+    monkeypatch.setattr(_offload, "CopyStream", Late)
+    monkeypatch.setattr(_bank, "can_overlap", lambda device: True)
+    monkeypatch.setattr(_bank, "_CPU_BLOCK", 1 << 10)
+    callback, recorder = AveragingCallback(RULE, evaluate=[], device="cpu"), hf.recorder()
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "learning_rate": 0.3}
+    best = {"metric_for_best_model": "eval_loss", "load_best_model_at_end": True}
+    trainer = hf.trainer(tmp_path, [callback, recorder], **settings | best)
+    trainer.train()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "averaged/bema", dtype=torch.float32)
+    hf.close(hf.weights(model), recorder.average(RULE, at=trainer.state.best_global_step))

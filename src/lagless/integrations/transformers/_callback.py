@@ -144,6 +144,13 @@ class AveragingCallback(TrainerCallback):
         """Complete the checkpoint."""
         self._save(args, state)
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let averages on the host catch up: after its last step the Trainer may put the best weights in the model."""
+        if self.averager is not None:
+            self.averager.wait()
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
