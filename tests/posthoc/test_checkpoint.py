@@ -145,7 +145,10 @@ def _quantized(folder: Path) -> Path:
 BAD = {
     "absent": (lambda d: d / "x", "x: no such checkpoint"),
     "empty folder": (lambda d: d, "no weights found. Looked for model.safetensors.*found nothing.*still being written"),
-    "fsdp": (lambda d: _touch(d / "pytorch_model_fsdp_0" / "x").parent.parent, "FSDP sharded state: merge it first"),
+    "fsdp": (
+        lambda d: _touch(d / "pytorch_model_fsdp_0" / "x").parent.parent,
+        "sharded state without .metadata.*did not finish",
+    ),
     "deepspeed": (lambda d: _touch(d / "zero_to_fp32.py").parent, "run the zero_to_fp32.py beside it first"),
     "two files": (lambda d: _touch(_touch(d / "a.pt").parent / "b.pt").parent, "Give the file that is meant"),
     "both": (_both, "has both model.safetensors and adapter_model.safetensors"),

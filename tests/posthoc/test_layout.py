@@ -68,3 +68,15 @@ def test_sizes_that_are_none(text: int | str) -> None:
 def test_an_unknown_type_is_refused() -> None:
     with pytest.raises(ValueError, match="dtype='float8'; it must be one of 'auto', 'float64'"):
         plan_layout(TENSORS, "float8")
+
+
+@given(st.integers(1, 8), st.integers(1, 4000))
+def test_ranks_share_whole_files_evenly(ranks: int, limit: int) -> None:
+    layout = plan_layout(TENSORS, max_shard_size=limit)
+    shares = [layout.share(rank, ranks) for rank in range(ranks)]
+    assert sorted(name for share in shares for name in share) == sorted(TENSORS)
+    files = [{layout.places[name][0] for name in share} for share in shares]
+    assert sum(map(len, files)) == len(layout.files)
+    sizes = {file.name: file.size for file in layout.files}
+    loads = [sum(sizes[name] for name in own) for own in files]
+    assert max(loads) - min(loads) <= max(sizes.values())

@@ -17,7 +17,7 @@ from lagless.averaging._attachment import Attachment
 from lagless.averaging._bank import Bank, RowUpdate
 from lagless.averaging._live import LiveTensors, Source
 from lagless.averaging._sharding import Sharding, local
-from lagless.averaging._start import StoredStart
+from lagless.averaging._start import StoredStart, check_start
 from lagless.averaging._state import FORMAT, State, load_file, match, save_file
 from lagless.filters import require_updates, tail
 from lagless.rules import Read, Rule, Start, rule_to_dict
@@ -39,7 +39,7 @@ class Averager:
 
     Args:
         source: a module, of which the trainable parameters are averaged, or named tensors. The set is fixed from here
-            on.
+            on. Of sharded ones (DTensor, as FSDP2 makes them) each rank averages its part.
         rules: one rule, or a mapping of names to rules. A single rule is named by its class in lower case.
         dtype: of the stored averages: None for float32 (wider where the parameters are), or ``torch.bfloat16``, which
             is rounded stochastically so that averages with long memories still move. θ_0 and snapshots keep the
@@ -105,7 +105,7 @@ class Averager:
         self._stored_start: StoredStart | None = None
         absent: list[Hashable] = []
         if start is not None:
-            _check_start(self.rules, step)
+            check_start(self.rules, step)
             self._stored_start = StoredStart(start, self._live, live)
             absent = [label for label in labels if isinstance(label, Start)]
         place = None if device is None else torch.device(device)
@@ -408,15 +408,3 @@ def _check_rules(rules: dict[str, Rule]) -> None:
             raise ValueError(f"{name!r} cannot name an average; use letters, digits, '.', '_' and '-'.")
         if not isinstance(rule, Rule):
             raise TypeError(f"{name}={rule!r} is not an averaging rule; give e.g. lagless.BEMA().")
-
-
-def _check_start(rules: dict[str, Rule], step: int) -> None:
-    if step != 0:
-        raise ValueError(f"start is the model at step 0, but step={step}; leave start out when joining a run.")
-    for name, rule in rules.items():
-        first = rule.update(Tick(rule.update_after + rule.update_freq, rule.update_after, 1))
-        for i, label in enumerate(rule.labels):
-            read_back = any(row[i] != 0.0 for j, row in enumerate(first.matrix) if j != i)
-            if isinstance(label, Start) and (rule.update_after > 0 or read_back):
-                why = "reads θ_0 at every update" if read_back else f"replaces θ_0 at update_after={rule.update_after}"
-                raise ValueError(f"start cannot hold θ_0 of {name!r}: {type(rule).__name__} {why}; leave start out.")

@@ -109,15 +109,24 @@ class LiveTensors:
                 raise RuntimeError(f"{name} was frozen when the Averager was made, and trains now; {_ANEW}")
 
     def restore(self, bits: list[Tensor]) -> None:
-        """Give every tensor the values, dtype and device of ``bits``."""
+        """Give every tensor the values, dtype and device of ``bits``.
+
+        Raises:
+            RuntimeError: if a sharded parameter has changed its dtype or device.
+        """
         self._reshard()
-        for place, sharding, saved in zip(self._places, self.shardings, bits, strict=True):
+        for name, place, saved in zip(self.names, self._places, bits, strict=True):
             tensor = place.get()
             part = local(tensor)
             if (part.dtype, part.device) == (saved.dtype, saved.device):
                 part.copy_(saved)
+            elif is_sharded(tensor):
+                raise RuntimeError(
+                    f"{name} became {part.dtype} on {part.device} inside applied(), which cannot be undone where "
+                    "parameters are sharded. Resume from a checkpoint, and convert the tensors of read() instead."
+                )
             else:
-                tensor.data = sharding.present(saved)
+                tensor.data = saved
 
     def _reshard(self) -> None:
         """Put the sharded parameters of FSDP back: after a forward pass, gathered copies may stand in their place."""
@@ -130,10 +139,10 @@ _ANEW = "make a new Averager after changing the model."
 
 def _entries(source: Source) -> Iterator[tuple[str, _Place]]:
     if isinstance(source, nn.Module):
-        for prefix, owner in _unwrap(source).named_modules(remove_duplicate=False):
+        for prefix, owner in unwrap(source).named_modules(remove_duplicate=False):
             for key, parameter in owner._parameters.items():
                 if parameter is not None:
-                    yield _plain(f"{prefix}.{key}" if prefix else key), _Parameter(owner, key)
+                    yield plain_name(f"{prefix}.{key}" if prefix else key), _Parameter(owner, key)
         return
     for pair in source.items() if isinstance(source, Mapping) else source:
         name, tensor = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, pair)
@@ -142,7 +151,8 @@ def _entries(source: Source) -> Iterator[tuple[str, _Place]]:
         yield name, _Given(tensor)
 
 
-def _unwrap(module: nn.Module) -> nn.Module:
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module that a compiled, data-parallel or DeepSpeed one wraps."""
     while hasattr(module, "_orig_mod") or _is_wrapper(module):
         module = module._orig_mod if hasattr(module, "_orig_mod") else module.module  # type: ignore[assignment]
     return module
@@ -153,7 +163,7 @@ def _is_wrapper(module: nn.Module) -> bool:
     return isinstance(module, kinds) or type(module).__name__ == "DeepSpeedEngine"
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """The name without the levels that compiling or checkpointing single blocks adds."""
     return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
 
@@ -175,8 +185,8 @@ def _require_supported(name: str, tensor: Tensor) -> None:
         )
     if getattr(tensor, "_fsdp_flattened", False):
         raise NotImplementedError(
-            f"{name} belongs to FullyShardedDataParallel (FSDP1), which flattens parameters together. Shard with FSDP2: "
-            "torch.distributed.fsdp.fully_shard, in Accelerate and the Trainer fsdp_version: 2."
+            f"{name} belongs to FullyShardedDataParallel (FSDP1), which flattens parameters together. Shard with "
+            "FSDP2: torch.distributed.fsdp.fully_shard, in Accelerate and the Trainer fsdp_version: 2."
         )
     if any(placement.is_partial() for placement in Sharding.of(tensor).placements):
         raise ValueError(f"{name} is a DTensor of partial sums, {Sharding.of(tensor)}; reduce it first.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
@@ -12,6 +13,25 @@ from torch import Tensor
 from lagless.averaging._live import LiveTensors
 from lagless.averaging._sharding import Sharding
 from lagless.posthoc import Checkpoint, fingerprint, open_checkpoint
+from lagless.rules import Rule, Start
+from lagless.schedules import Tick
+
+
+def check_start(rules: Mapping[str, Rule], step: int) -> None:
+    """Refuse a stored θ_0 for rules that replace it or read it at every update.
+
+    Raises:
+        ValueError: naming the rule.
+    """
+    if step != 0:
+        raise ValueError(f"start is the model at step 0, but step={step}; leave start out when joining a run.")
+    for name, rule in rules.items():
+        first = rule.update(Tick(rule.update_after + rule.update_freq, rule.update_after, 1))
+        for i, label in enumerate(rule.labels):
+            read_back = any(row[i] != 0.0 for j, row in enumerate(first.matrix) if j != i)
+            if isinstance(label, Start) and (rule.update_after > 0 or read_back):
+                why = "reads θ_0 at every update" if read_back else f"replaces θ_0 at update_after={rule.update_after}"
+                raise ValueError(f"start cannot hold θ_0 of {name!r}: {type(rule).__name__} {why}; leave start out.")
 
 
 class StoredStart:

@@ -11,8 +11,7 @@ from typing import Any, TypedDict
 import safetensors
 from torch import Tensor
 
-from lagless.averaging._sharding import gather, is_sharded
-from lagless.posthoc.ranks import Ranks
+from lagless.averaging._sharding import gather, ranks_of
 from lagless.posthoc.readers import Bytes, byte_view
 from lagless.posthoc.safetensors_format import TensorInfo, build_header
 
@@ -33,7 +32,7 @@ def save_file(state: State, path: str | PathLike[str]) -> None:
     Sharded tensors are gathered one by one on all ranks, of which the first writes.
     """
     path, tensors = Path(path), state["tensors"]
-    ranks = Ranks.of_the_run() if any(map(is_sharded, tensors.values())) else Ranks()
+    ranks = ranks_of(tensors.values())
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     header, offsets = build_header(infos, {_KEY: json.dumps(state["meta"])})
@@ -44,6 +43,7 @@ def save_file(state: State, path: str | PathLike[str]) -> None:
             with partial.open(mode) as file:
                 file.write(content)
 
+    ranks.require_same(list(offsets), "the tensors")
     try:
         ranks.together(lambda: write(header, "wb"))
         for name in offsets:

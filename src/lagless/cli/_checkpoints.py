@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch.distributed as dist
 import typer
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -111,13 +112,13 @@ def average(
 ) -> None:
     """Average the checkpoints of a run into models that from_pretrained loads; every byte is read once.
 
-    Several rules or a --grid make one model each, in OUT/NAME.
+    Several rules or a --grid make one model each, in OUT/NAME. Under torchrun the processes divide the files of OUT.
     """
     source = _source(run)
     where: dict[str, Any] = {"start": start, "start_step": start_step, "steps": _numbers(steps)}
     trajectory = find_checkpoints(source, **where).until(at)
     rules = _rules(trajectory, rule, settings, grid)
-    with _progress() as progress:
+    with _torchrun() as group, _progress() as progress:
         summaries = average_checkpoints(
             source,
             rules if len(rules) > 1 else next(iter(rules.values())),
@@ -132,6 +133,7 @@ def average(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
             dry_run=dry_run,
+            group=group,
         )
     _print_start(trajectory)
     _print_averages([replace(s, name=name) for s, name in zip(summaries, rules, strict=True)])
@@ -265,9 +267,23 @@ def _print_weights(summary: RunSummary) -> None:
 
 
 @contextmanager
+def _torchrun() -> Iterator[Any]:
+    """The processes that torchrun started, of which the first alone prints results; None without it."""
+    if not dist.is_torchelastic_launched():
+        yield None
+        return
+    dist.init_process_group("gloo")
+    out.quiet = dist.get_rank() > 0
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
     columns = TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    progress = Progress(*columns, console=err, transient=True)
+    progress = Progress(*columns, console=err, transient=True, disable=out.quiet)
     task = progress.add_task("reading", total=None)
 
     def advance(done: int, total: int) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from lagless.filters import common_update_freq, effective_iterates, mean_age, ticks, trajectory_weights, weight_on_start
+from lagless.posthoc.companions import companions
 from lagless.posthoc.destination import RECORD, check_destination
 from lagless.posthoc.layout import plan_layout
 from lagless.posthoc.product import Accumulate, Progress, stream_product
+from lagless.posthoc.ranks import Ranks
 from lagless.posthoc.safetensors_format import NAMES
 from lagless.posthoc.trajectory import StrPath, Trajectory, find_checkpoints
 from lagless.posthoc.writer import ModelWriter
@@ -94,6 +96,7 @@ def average_checkpoints(
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
     dry_run: bool = False,
+    group: Any = None,
 ) -> list[AverageSummary]:
     """Average the checkpoints of a run by one rule or many, in one pass over the files, into models that
     ``from_pretrained`` loads.
@@ -117,6 +120,8 @@ def average_checkpoints(
         allow_nonfinite: average NaN and infinity as they are, instead of refusing them.
         progress: called with the bytes read so far and in all.
         dry_run: check everything that can be checked without reading weights, write nothing.
+        group: processes of ``torch.distributed`` that divide the weight files among them, on a file system that all of
+            them see. All call this with the same arguments; the result is that of one process, bit for bit.
 
     Returns:
         One summary per rule, in the order of ``rules``.
@@ -137,7 +142,8 @@ def average_checkpoints(
     if dry_run:
         return summaries
     weights = np.array([summary.weights for summary in summaries])
-    with ModelWriter(out, list(named), layout, last.folder, dtype) as writer:
+    ranks = Ranks(group)
+    with ModelWriter(out, list(named), layout, _companions_folder(trajectory), dtype, ranks) as writer:
         prints = stream_product(
             trajectory.checkpoints,
             weights,
@@ -146,11 +152,18 @@ def average_checkpoints(
             memory=memory,
             allow_nonfinite=allow_nonfinite,
             progress=progress,
+            ranks=ranks,
+            names=layout.share(ranks.rank, ranks.size),
         )
-        for row, summary in enumerate(summaries):
-            record = _record(summary, trajectory, prints, accumulate, dtype)
-            writer.write_text(row, RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        records = [_record(summary, trajectory, prints, accumulate, dtype) for summary in summaries]
+        writer.write_texts(RECORD, [json.dumps(record, indent=2, ensure_ascii=False) + "\n" for record in records])
     return summaries
+
+
+def _companions_folder(trajectory: Trajectory) -> Path:
+    """Where configuration and tokenizer are: beside the last weights or, as these may be bare shards, beside θ_0's."""
+    folders = [trajectory.checkpoints[-1].folder, trajectory.checkpoints[0].folder]
+    return next((folder for folder in folders if companions(folder)), folders[0])
 
 
 def inspect_run(

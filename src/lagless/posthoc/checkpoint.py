@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lagless.posthoc.dcp import METADATA, find_dcp, open_dcp
 from lagless.posthoc.errors import CheckpointError
-from lagless.posthoc.readers import FilePlace, Reader, TensorPlace, byte_view
+from lagless.posthoc.readers import FilePlace, Place, Reader, TensorPlace, byte_view
 from lagless.posthoc.safetensors_format import TensorInfo, read_header, total_bytes
-from lagless.posthoc.torch_file import load_mapped
+from lagless.posthoc.torch_file import STATE_KEYS, load_mapped
 
 # In the order in which transformers and peft look for them; adapters are told apart by their name.
 WEIGHT_FILES = (
@@ -43,7 +44,7 @@ class Checkpoint:
     def __init__(
         self,
         path: Path,
-        places: Mapping[str, tuple[TensorInfo, FilePlace | TensorPlace]],
+        places: Mapping[str, tuple[TensorInfo, Place]],
         files: list[Path],
         is_adapter: bool,
     ) -> None:
@@ -110,14 +111,24 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
         path: a folder with ``model.safetensors``, ``adapter_model.safetensors``, ``pytorch_model.bin`` or
-            ``adapter_model.bin``, or with the index and shards of one of the first two kinds; or one ``.safetensors``,
-            ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` file.
+            ``adapter_model.bin``, or with the index and shards of one of the first two kinds; a folder that
+            ``torch.distributed.checkpoint`` wrote, or with such a one named ``pytorch_model_fsdp_0`` in it; or one
+            ``.safetensors``, ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` file.
 
     Raises:
         CheckpointError: if there are no weights, several candidates, a missing shard, a damaged file, or a type that
             cannot be averaged.
     """
     path = Path(path)
+    if path.is_dir() and not _has_model_files(path) and (dcp := find_dcp(path)):
+        _refuse_quantized(path / "config.json")
+        places, files = open_dcp(dcp)
+        if not places:
+            raise CheckpointError(
+                f"{dcp}: holds no weights, only other states. Looked at the top level and under "
+                f"{', '.join(STATE_KEYS)}. Give the checkpoint that holds them."
+            )
+        return Checkpoint(path, places, files, is_adapter=False)
     main = _main_file(path) if path.is_dir() else path
     if not main.is_file():
         raise CheckpointError(f"{path}: no such checkpoint. Check the path (a broken link counts as missing).")
@@ -135,6 +146,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 def holds_weights(folder: Path) -> bool:
     """Whether a folder has weights under one of the usual names."""
+    return _has_model_files(folder) or find_dcp(folder) is not None
+
+
+def _has_model_files(folder: Path) -> bool:
     return any((folder / name).exists() for name in (*WEIGHT_FILES, *ADAPTER_FILES))
 
 
@@ -168,8 +183,8 @@ def _advice(names: list[str], others: list[str]) -> str:
         return "These are shards without their index: copy the *.index.json file too."
     if others:
         return "Give the file that is meant instead of the folder."
-    if any(name.startswith("pytorch_model_fsdp") for name in names):
-        return "This is an FSDP sharded state: merge it first (accelerate merge-weights), or save with FULL_STATE_DICT."
+    if any(name.startswith("pytorch_model_fsdp") or name.endswith(".distcp") for name in names):
+        return f"This is a sharded state without {METADATA}, which is written last: its save did not finish."
     if any(name.startswith("global_step") or name == "zero_to_fp32.py" for name in names):
         return "This is a DeepSpeed state: run the zero_to_fp32.py beside it first."
     return "If it is still being written, wait, or leave this checkpoint out."
@@ -179,7 +194,7 @@ def _listing(names: list[str]) -> str:
     return (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "nothing"
 
 
-def _open_file(path: Path) -> dict[str, tuple[TensorInfo, FilePlace | TensorPlace]]:
+def _open_file(path: Path) -> dict[str, tuple[TensorInfo, Place]]:
     if path.suffix == ".safetensors":
         return {name: (info, FilePlace(path, offset)) for name, (info, offset) in read_header(path).items()}
     if path.suffix in TORCH_SUFFIXES:
@@ -190,7 +205,7 @@ def _open_file(path: Path) -> dict[str, tuple[TensorInfo, FilePlace | TensorPlac
     )
 
 
-def _open_shards(index: Path) -> tuple[dict[str, tuple[TensorInfo, FilePlace | TensorPlace]], list[Path]]:
+def _open_shards(index: Path) -> tuple[dict[str, tuple[TensorInfo, Place]], list[Path]]:
     weight_map = _weight_map(index)
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
     for file in files:

@@ -68,6 +68,19 @@ class Layout:
         """Size of all files together."""
         return sum(file.size for file in self.files)
 
+    def share(self, rank: int, ranks: int) -> list[str]:
+        """The tensors that fall to one of several ranks: those of whole files, for each of which one rank alone writes.
+
+        (Ranges of one file written from several machines can spoil each other on a network file system.)
+        """
+        loads, mine = [0] * ranks, set()
+        for file in sorted(self.files, key=lambda file: file.size, reverse=True):
+            least = loads.index(min(loads))
+            loads[least] += file.size
+            if least == rank:
+                mine.add(file.name)
+        return [name for name, (file, _) in self.places.items() if file in mine]
+
 
 def plan_layout(
     tensors: Mapping[str, TensorInfo], dtype: str = "auto", max_shard_size: int | str = "5GB", adapter: bool = False

@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from typing import Literal, Protocol
@@ -26,6 +26,7 @@ from lagless.posthoc.blocks import WIDEST, Workspace, block_width, covering_rows
 from lagless.posthoc.checkpoint import Checkpoint
 from lagless.posthoc.errors import CheckpointError
 from lagless.posthoc.fingerprint import combine_digests
+from lagless.posthoc.ranks import Ranks
 from lagless.posthoc.readers import Reader
 
 Accumulate = Literal["float32", "float64"]
@@ -62,6 +63,8 @@ def stream_product(
     workers: int | None = None,
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
+    names: Collection[str] | None = None,
 ) -> list[str | None]:
     """Form G weighted sums of N checkpoints, reading every byte once.
 
@@ -77,6 +80,8 @@ def stream_product(
         allow_nonfinite: average NaN and infinity as they are, instead of refusing them. They reach every row, also
             where the weight is 0.
         progress: called with the bytes read so far and in all, one call at a time.
+        ranks: the processes among which the tensors are divided; all of them call this.
+        names: the tensors that fall to this process; None for all.
 
     Returns:
         The fingerprint of each checkpoint, None for those not read.
@@ -94,15 +99,22 @@ def stream_product(
         raise ValueError(f"workers={workers}; it must be at least 1.")
     sources = [checkpoints[i] for i in used]
     product = _Product(
-        sources, np.ascontiguousarray(matrix[:, used]), consumer, accumulate, memory, workers, allow_nonfinite, progress
+        sources,
+        np.ascontiguousarray(matrix[:, used]),
+        consumer,
+        sources[-1].tensors.keys() if names is None else names,
+        accumulate,
+        memory,
+        workers,
+        allow_nonfinite,
+        progress,
     )
-    product.run()
+    digests: dict[str, list[str]] = {}
+    for found in (ranks or Ranks()).together(product.run):
+        digests |= found
     fingerprints: list[str | None] = [None] * len(checkpoints)
     for row, i in enumerate(used):
-        checkpoints[i].check_unchanged()
-        fingerprints[i] = combine_digests(
-            checkpoints[i].tensors, {name: found[row] for name, found in product.digests.items()}
-        )
+        fingerprints[i] = combine_digests(checkpoints[i].tensors, {name: found[row] for name, found in digests.items()})
     return fingerprints
 
 
@@ -114,26 +126,31 @@ class _Product:
         sources: list[Checkpoint],
         weights: NDArray[np.float64],
         consumer: Consumer,
+        names: Collection[str],
         accumulate: Accumulate,
         memory: int,
         workers: int,
         allow_nonfinite: bool,
         progress: Progress | None,
     ) -> None:
-        self.digests: dict[str, list[str]] = {}
+        self._digests: dict[str, list[str]] = {}
         self._sources, self._weights, self._consumer, self._workers = sources, weights, consumer, workers
         self._checked = [] if allow_nonfinite else covering_rows(weights)
         self._tensors = sources[-1].tensors
-        self._queue = deque(sorted(self._tensors, key=lambda name: self._tensors[name].nbytes, reverse=True))
+        self._queue = deque(sorted(names, key=lambda name: self._tensors[name].nbytes, reverse=True))
         self._types = {name: _sum_type([c.tensors[name].dtype for c in sources], accumulate) for name in self._tensors}
         sum_bytes = sum(dtype.itemsize for dtype in set(self._types.values()) if dtype is not None)
         rows, columns = weights.shape
         self._width = block_width(rows, columns, sum_bytes, memory // workers, _WORKSPACE, _SHORTEST)
         self._stop, self._lock = threading.Event(), threading.Lock()
-        self._progress, self._done, self._total = progress, 0, sum(c.nbytes for c in sources)
+        self._progress, self._done, self._total = (
+            progress,
+            0,
+            sum(c.tensors[name].nbytes for c in sources for name in names),
+        )
 
-    def run(self) -> None:
-        """Process all tensors; the first error of a worker stops the others."""
+    def run(self) -> dict[str, list[str]]:
+        """Process the tensors; the first error of a worker stops the others. Returns their digests in each source."""
         with (
             _one_thread_per_operation(),
             ThreadPoolExecutor(self._workers, thread_name_prefix="lagless-product") as pool,
@@ -144,6 +161,9 @@ class _Product:
             except BaseException:
                 self._stop.set()
                 raise
+        for source in self._sources:
+            source.check_unchanged()
+        return self._digests
 
     def _work(self) -> None:
         keep_open = len(self._sources) * self._workers <= _OPEN_FILES
@@ -167,7 +187,7 @@ class _Product:
                         self._copy(name, start, scratch, readers, digests)
                     else:
                         self._sum(name, start, spaces[dtype], readers, digests)
-            self.digests[name] = [digest.hexdigest() for digest in digests]
+            self._digests[name] = [digest.hexdigest() for digest in digests]
 
     def _sum(
         self, name: str, start: int, space: Workspace, readers: list[Reader], digests: list[xxhash.xxh3_128]

@@ -112,6 +112,19 @@ class TensorReader:
         pass
 
 
+class Place(Protocol):
+    """Where a tensor lies, and how to read it."""
+
+    @property
+    def path(self) -> Path:
+        """The file, to name it in messages."""
+        ...
+
+    def open(self, keep_open: bool) -> Reader:
+        """A reader of this tensor, which may hold files open until it is closed."""
+        ...
+
+
 @dataclass(frozen=True)
 class FilePlace:
     """Where a tensor lies: in a file, from byte ``begin`` on."""

@@ -17,6 +17,7 @@ from lagless.posthoc.companions import copy_companions
 from lagless.posthoc.destination import Destination
 from lagless.posthoc.errors import CheckpointError
 from lagless.posthoc.layout import Layout
+from lagless.posthoc.ranks import Ranks
 from lagless.posthoc.readers import Bytes, byte_view
 
 _OPEN_FILES = 256
@@ -36,16 +37,25 @@ class ModelWriter:
         layout: the weight files, the same for all rows.
         companions: the folder whose configuration and tokenizer go along; None for none.
         dtype: the type for ``config.json`` to name; ``"auto"`` leaves it as it is.
+        ranks: processes that write into the same folders; all of them enter and leave together, and the first makes the
+            folders and puts them in place.
 
     Raises:
         CheckpointError: if the disk is full or fails, or if a value does not fit into float16.
     """
 
     def __init__(
-        self, out: Path, names: Sequence[str], layout: Layout, companions: Path | None = None, dtype: str = "auto"
+        self,
+        out: Path,
+        names: Sequence[str],
+        layout: Layout,
+        companions: Path | None = None,
+        dtype: str = "auto",
+        ranks: Ranks | None = None,
     ) -> None:
         self._out, self._names, self._layout = out, list(names), layout
         self._companions, self._dtype = companions, dtype
+        self._ranks = ranks or Ranks()
         self._stack = ExitStack()
         self._folders: list[Path] = []
         self._descriptors: dict[Path, int] = {}
@@ -55,17 +65,18 @@ class ModelWriter:
         existing = next(parent for parent in self._out.resolve().parents if parent.exists())
         self._free = shutil.disk_usage(existing).free
         with ExitStack() as stack:
-            temporary = stack.enter_context(Destination(self._out))
-            stack.callback(self._close)
+            (temporary, *_) = self._ranks.together(lambda: self._make(stack) if self._ranks.rank == 0 else Path())
             self._folders = [temporary / name for name in self._names]
-            with self._reporting():
-                for folder in self._folders:
-                    self._prepare(folder)
+            stack.callback(self._close)
+            self._ranks.together(self._open)
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *details: object) -> None:
-        self._stack.__exit__(*details)  # type: ignore[arg-type]
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if kind is None:
+            self._ranks.together(lambda: self._stack.__exit__(None, None, None))
+        else:
+            self._stack.__exit__(kind, *details)  # type: ignore[arg-type]
 
     def __call__(self, name: str, start: int, block: Tensor, /) -> None:
         """Write one range of one tensor into every folder; safe from several threads."""
@@ -79,10 +90,27 @@ class ModelWriter:
                     self._check_overflow(name, row, values)
                 self._write(folder / file, position, byte_view(values.contiguous()))
 
-    def write_text(self, row: int, name: str, text: str) -> None:
-        """Put a text file into the folder of ``row``."""
+    def write_texts(self, name: str, texts: Sequence[str]) -> None:
+        """Put a text file into every folder; the first of several ranks writes."""
+
+        def write() -> None:
+            with self._reporting():
+                for folder, text in zip(self._folders, texts, strict=True):
+                    (folder / name).write_text(text, encoding="utf-8")
+
+        self._ranks.together(lambda: write() if self._ranks.rank == 0 else None)
+
+    def _make(self, stack: ExitStack) -> Path:
+        temporary = stack.enter_context(Destination(self._out))
         with self._reporting():
-            (self._folders[row] / name).write_text(text, encoding="utf-8")
+            for name in self._names:
+                self._prepare(temporary / name)
+        return temporary
+
+    def _open(self) -> None:
+        with self._reporting():
+            for path in [folder / file.name for folder in self._folders for file in self._layout.files][:_OPEN_FILES]:
+                self._descriptors[path] = os.open(path, os.O_RDWR)
 
     def _prepare(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -91,12 +119,7 @@ class ModelWriter:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 _allocate(descriptor, file.size)
-            except BaseException:
-                os.close(descriptor)
-                raise
-            if len(self._descriptors) < _OPEN_FILES:
-                self._descriptors[path] = descriptor
-            else:
+            finally:
                 os.close(descriptor)
             self._write(path, 0, np.frombuffer(file.header, dtype=np.uint8))
         if self._layout.index is not None:

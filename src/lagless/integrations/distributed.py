@@ -1,0 +1,139 @@
+"""From sharded averages to a model folder that ``from_pretrained`` loads."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor, nn
+
+from lagless.averaging import Averager
+from lagless.averaging._live import plain_name, unwrap
+from lagless.averaging._sharding import gather, ranks_of
+from lagless.posthoc.destination import RECORD, check_destination
+from lagless.posthoc.layout import OUTPUT_DTYPES, Layout, plan_layout
+from lagless.posthoc.safetensors_format import TensorInfo
+from lagless.posthoc.writer import ModelWriter
+from lagless.rules import rule_to_dict
+
+
+def export_model(
+    averager: Averager,
+    model: nn.Module,
+    out: str | PathLike[str],
+    name: str | None = None,
+    *,
+    tokenizer: Any = None,
+    dtype: str = "auto",
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Write an average as a model folder, without the whole model on any rank.
+
+    All ranks call this together where parameters are sharded; replicas (DDP) have one rank call it. Tensor by tensor is
+    gathered, and the first rank writes it: memory holds one whole tensor more. The folder appears when it is complete;
+    if one rank fails, all raise, and what was there before stays.
+
+    Args:
+        averager: whose average is written.
+        model: the model that it follows; frozen parameters, buffers and configuration are taken from it.
+        out: the folder.
+        name: which average; may be left out if there is only one.
+        tokenizer: a tokenizer or processor to save along, anything with ``save_pretrained``.
+        dtype: of the weights written: ``"auto"`` for that of the parameters, or float32, bfloat16, float16, float64.
+        max_shard_size: largest weight file.
+        overwrite: replace ``out`` if it holds an earlier average.
+
+    Raises:
+        CheckpointError: if the folder cannot be written.
+        NotImplementedError: for adapters of PEFT.
+        RuntimeError: before the first update of that rule.
+        ValueError: if ``model`` is not the one averaged.
+    """
+    module, out = unwrap(model), Path(out)
+    if hasattr(module, "peft_config"):
+        raise NotImplementedError(
+            "export_model writes whole models. An adapter is small: gather what read() gives with full_tensor() on "
+            "every rank, and pass it to save_pretrained(state_dict=...) on the first."
+        )
+    averages, tensors = averager.items(name), _tensors(module)
+    ranks = ranks_of(tensors.values())
+    infos = {key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    layout = plan_layout(infos, dtype, max_shard_size)
+    record = json.dumps(_record(averager, name, dtype), indent=2, ensure_ascii=False) + "\n"
+    with ExitStack() as stack:
+        writers: list[ModelWriter] = []
+
+        def begin() -> None:
+            if ranks.rank == 0:
+                check_destination(out, [], overwrite)
+                companions = Path(stack.enter_context(TemporaryDirectory()))
+                _save_companions(module, tokenizer, companions)
+                writers.append(stack.enter_context(ModelWriter(out, [""], layout, companions, _one_dtype(layout))))
+                writers[0].write_texts(RECORD, [record])
+
+        def write(key: str, whole: Tensor) -> None:
+            for writer in writers:
+                writer(key, 0, whole.detach().cpu().reshape(1, -1))
+
+        ranks.require_same(list(tensors), "the tensors")
+        ranks.together(begin)
+        for key, tensor in _averaged(averages, tensors):
+            whole = gather(tensor)
+            ranks.together(lambda key=key, whole=whole: write(key, whole))
+        ranks.together(stack.close)
+
+
+def _averaged(averages: Iterator[tuple[str, Tensor]], tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The averages, then whatever else the model has."""
+    left = dict(tensors)
+    for key, average in averages:
+        if left.pop(key, None) is None:
+            raise ValueError(f"model has no tensor {key!r}, which the Averager follows; give the model it was made of.")
+        yield key, average
+    yield from left.items()
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict without further names of tied parameters."""
+    once, all_names = (
+        {plain_name(name) for name, _ in module.named_parameters(remove_duplicate=only)} for only in (True, False)
+    )
+    state = {plain_name(name): tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
+    return {name: tensor for name, tensor in state.items() if name in once or name not in all_names}
+
+
+def _one_dtype(layout: Layout) -> str:
+    """The type that ``config.json`` is to name: that of the weights, if they have only one."""
+    found = {info.dtype for info in layout.tensors.values() if info.dtype.is_floating_point}
+    return next((name for name, dtype in OUTPUT_DTYPES.items() if found == {dtype}), "auto")
+
+
+def _save_companions(module: nn.Module, tokenizer: Any, folder: Path) -> None:
+    if (config := getattr(module, "config", None)) is not None:
+        config = copy.deepcopy(config)
+        config.architectures = [type(module).__name__.removeprefix("FSDP")]  # fully_shard puts that before the name
+        config.save_pretrained(folder)
+    for companion in (getattr(module, "generation_config", None), tokenizer):
+        if companion is not None:
+            companion.save_pretrained(folder)
+
+
+def _record(averager: Averager, name: str | None, dtype: str) -> dict[str, Any]:
+    from lagless import __version__
+
+    name = name or next(iter(averager.rules))
+    return {
+        "lagless": __version__,
+        "name": name,
+        "rule": rule_to_dict(averager.rules[name]),
+        "step": averager.step,
+        "updates": averager.updates(name),
+        "dtype": dtype,
+    }

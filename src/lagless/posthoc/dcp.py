@@ -1,0 +1,117 @@
+"""Checkpoints of ``torch.distributed.checkpoint``: a description named ``.metadata``, and files of chunks beside it.
+
+The description is a pickle. It is read without running anything that it names: every class becomes an inert record.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lagless.posthoc.chunks import CONVERT, Chunk, ChunkedPlace
+from lagless.posthoc.errors import CheckpointError
+from lagless.posthoc.safetensors_format import NAMES, TensorInfo
+from lagless.posthoc.torch_file import STATE_KEYS
+
+METADATA = ".metadata"
+_FOLDERS = (".", "pytorch_model_fsdp_0")  # the latter as Accelerate and the Trainer of transformers name it
+
+
+def find_dcp(folder: Path) -> Path | None:
+    """The DCP checkpoint in ``folder``, if there is one."""
+    return next((folder / name for name in _FOLDERS if (folder / name / METADATA).is_file()), None)
+
+
+def open_dcp(folder: Path) -> tuple[dict[str, tuple[TensorInfo, ChunkedPlace]], list[Path]]:
+    """The weights in a DCP checkpoint, and the files that hold them.
+
+    Weights are what was saved under one of the keys of ``STATE_KEYS`` or, without those, at the top level. Optimizer
+    states and everything else nested are left alone.
+
+    Raises:
+        CheckpointError: if the description is not understood, or does not fit the files.
+    """
+    path = folder / METADATA
+    try:
+        with path.open("rb") as file:
+            metadata = _Unpickler(file).load().state
+        stored = {(index.state["fqn"], _offsets(index)): info.state for index, info in metadata["storage_data"].items()}
+        tensors = {
+            key: entry.state
+            for key, entry in metadata["state_dict_metadata"].items()
+            if type(entry).__name__ == "TensorStorageMetadata"
+        }
+        names = _weight_names(list(tensors), metadata["planner_data"] or {})
+        places = {name: _place(folder, key, tensors[key], stored) for key, name in names.items()}
+    except CheckpointError:
+        raise
+    except Exception as error:  # a pickle can fail in any way
+        raise CheckpointError(
+            f"{path}: not the description of a checkpoint of torch.distributed.checkpoint ({error!r}). It is damaged "
+            f"or of another version. {CONVERT}"
+        ) from error
+    files = sorted({chunk.path for _, place in places.values() for chunk in place.chunks})
+    return places, [path, *files]
+
+
+def _weight_names(keys: list[str], mapping: dict[str, tuple[Any, ...]]) -> dict[str, str]:
+    """Keys of weights, and the name of each in its state dict; ``mapping`` gives the path of each in what was saved."""
+    paths = {key: mapping.get(key, (key,)) for key in keys}
+    wrapped = {key: path[1:] for key, path in paths.items() if len(path) > 1 and path[0] in STATE_KEYS}
+    chosen = wrapped or {key: path for key, path in paths.items() if len(path) == 1}
+    return {key: ".".join(map(str, path)) for key, path in chosen.items()}
+
+
+def _place(folder: Path, key: str, entry: dict[str, Any], stored: dict[Any, Any]) -> tuple[TensorInfo, ChunkedPlace]:
+    dtype, shape = entry["properties"].state[0], tuple(entry["size"])
+    if dtype not in NAMES:
+        raise CheckpointError(
+            f"{folder / METADATA}: tensor {key!r} is {dtype}, which cannot be averaged. Save weights as bfloat16 or "
+            "float32."
+        )
+    info, chunks = TensorInfo(dtype, shape), []
+    for chunk in entry["chunks"]:
+        offsets, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
+        if 0 in sizes:
+            continue
+        where = stored[key, offsets]
+        file = folder / where["relative_path"]
+        if where.get("transform_descriptors") or file.parent != folder:
+            raise CheckpointError(f"{file}: chunks are compressed, or outside of the checkpoint's folder. {CONVERT}")
+        chunks.append(Chunk(file, where["offset"], where["length"], offsets, sizes))
+    if sum(math.prod(chunk.sizes) for chunk in chunks) != info.numel:
+        raise CheckpointError(
+            f"{folder / METADATA}: the chunks of tensor {key!r} do not make up {info}. The save did not finish, or "
+            "several are mixed: leave this checkpoint out."
+        )
+    return info, ChunkedPlace(chunks[0].path if chunks else folder / METADATA, info, tuple(chunks))
+
+
+def _offsets(index: Any) -> tuple[int, ...]:
+    return tuple(index.state.get("offset") or ())
+
+
+class _Record:
+    """Stands for an object of a class that a pickle names, and holds what the pickle says of it."""
+
+    state: Any = None
+
+    def __new__(cls, *_: Any) -> _Record:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        return tuple if (module, name) == ("torch", "Size") else type(name, (_Record,), {})
