@@ -31,6 +31,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/update.py
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/product.py
+	$(BIN)/python benchmarks/trainer.py
 
 # Editable install, so only a change of dependencies needs another run of pip.
 $(STAMP): pyproject.toml constraints.txt
