@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import LlamaForCausalLM
 
+from lagless.experiments._cross_entropy import sequence_nats
 from lagless.experiments.demo._results import Difference
 
 _BATCH = 8  # logits that fit a cache
@@ -27,15 +27,10 @@ class HeldOut:
     files: Tensor
 
 
-@torch.no_grad()
 def sequence_losses(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
     """The mean cross-entropy of each sequence, in nats per token: (N, length) → (N,), float64."""
-    losses = []
-    for batch in tokens.split(_BATCH):
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-        each = functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
-        losses.append(each.double().mean(dim=1))
-    return torch.cat(losses)
+    nats, targets = sequence_nats(model, tokens, tokens, _BATCH)
+    return nats / targets
 
 
 def paired_difference(losses: Tensor, reference: Tensor, files: Tensor) -> Difference:

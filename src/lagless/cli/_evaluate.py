@@ -1,0 +1,220 @@
+"""``lagless evaluate`` and ``lagless tune``."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from lagless.cli._checkpoints import Grid, RuleNames, _numbers, _rule_options, _rules, _settings_of
+from lagless.cli._console import err, out
+
+if TYPE_CHECKING:
+    from lagless.experiments.evaluate import Row
+    from lagless.experiments.tune import Trial, Tuned
+    from lagless.rules import Rule
+
+Data = Annotated[
+    list[str],
+    typer.Option(
+        metavar="[TASK=]SOURCE",
+        help="File or hub data set for a task; may be repeated. Without it tasks read their data set from the hub.",
+    ),
+]
+Tasks = Annotated[list[str], typer.Option(help="loss, boolq, gsm8k, mmlu_hs, arithmetic; may be repeated.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences or responses at a time.")]
+Seed = Annotated[int, typer.Option(help="Of all that is chosen or sampled.")]
+Sequences = Annotated[int, typer.Option(help="Held-out sequences.")]
+Length = Annotated[int, typer.Option(help="Most tokens of a held-out sequence.")]
+Device = Annotated[str | None, typer.Option(help="Default: an accelerator if there is one.")]
+
+
+@_rule_options
+def evaluate(
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODEL_OR_RUN...", help="Models, folders of models, run folders.")
+    ],
+    settings: dict[str, Any],
+    task: Tasks = ["loss"],  # noqa: B006 (typer copies it)
+    data: Data = [],  # noqa: B006
+    rule: RuleNames = [],  # noqa: B006
+    grid: Grid = [],  # noqa: B006
+    at: Annotated[
+        str | None, typer.Option(help="Steps of a run, e.g. 100,200, or all. Default: all; with --rule the last.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="JSON file to write.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Prompts per task or subject. Default: 128, 64 or 64.")] = None,
+    samples: Annotated[int, typer.Option(help="Responses per prompt, at temperature 1.")] = 50,
+    sequences: Sequences = 200,
+    length: Length = 512,
+    level: Annotated[int, typer.Option(help="Of arithmetic, 1 to 3.")] = 1,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of a response. Default: the task's.")] = None,
+    chat: Annotated[bool, typer.Option(help="Put prompts through the tokenizer's chat template.")] = False,
+    backend: Annotated[Literal["hf", "vllm"], typer.Option(help="What generates.")] = "hf",
+    batch_size: BatchSize = 16,
+    dtype: Annotated[str, typer.Option(help="Of the weights in memory: float32, bfloat16, float16.")] = "float32",
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Evaluate models, checkpoints, and averages of a run in memory: held-out loss and closed-loop accuracy.
+
+    With --rule, averages of a run are evaluated without being written. Differences are to the first row, paired.
+    """
+    _require("evaluate")
+    from lagless.experiments.evaluate import EvaluationPlan, evaluate_models, swings, write_results
+
+    if (settings or grid) and not rule:
+        raise ValueError("rule arguments were given without --rule; say which rule they belong to, e.g. --rule bema.")
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {output.parent}.")
+    plan = EvaluationPlan(
+        tuple(dict.fromkeys(task)),
+        _sources(data, task),
+        prompts,
+        samples,
+        sequences,
+        length,
+        seed,
+        level,
+        max_new_tokens,
+        chat,
+        backend,
+        batch_size,
+        dtype,
+        device,
+    )
+    rows: list[Row] = []
+    choose = (lambda trajectory: _rules(trajectory, rule, settings, grid)) if rule else None
+    for row in evaluate_models(models, plan, choose, "all" if at == "all" else _numbers(at)):
+        rows.append(row)
+        err.print(f"evaluated {_label(row)}", highlight=False, markup=False)
+    _print_rows(rows)
+    for name, by_task in swings(rows, samples).items():
+        for found, value in by_task.items():
+            out.print(
+                f"{name}: {found} moves by {value.step:.4f} from checkpoint to checkpoint (rms, sampling noise of "
+                f"{value.noise:.4f} taken off; jitter about a straight curve {value.jitter:.4f})",
+                highlight=False,
+                markup=False,
+            )
+    if output is not None:
+        write_results(output, plan, rows)
+        out.print(f"written to {output}", highlight=False, markup=False)
+
+
+@_rule_options
+def tune_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with checkpoint-N folders.")],
+    settings: dict[str, Any],
+    validation: Annotated[str, typer.Option(help="File or hub data set that the search sees.")],
+    test: Annotated[str, typer.Option(help="File or hub data set that it does not see.")],
+    rule: RuleNames = ["bema", "ema"],  # noqa: B006
+    grid: Grid = [],  # noqa: B006
+    evaluations: Annotated[int, typer.Option(help="Averages to evaluate on validation at most.")] = 12,
+    sequences: Sequences = 200,
+    length: Length = 512,
+    batch_size: BatchSize = 8,
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Find the best rule and setting for a run by gradients, and report it on data the search did not see."""
+    _require("tune")
+    from lagless.experiments.evaluate import load_tokenizer
+    from lagless.experiments.evaluation import held_out_sequences
+    from lagless.experiments.tune import tune
+    from lagless.posthoc import find_checkpoints
+
+    trajectory = find_checkpoints(run)
+    tokenizer = load_tokenizer(trajectory.checkpoints[-1].folder)
+    seen, unseen = (
+        held_out_sequences(source, tokenizer, length=length, count=sequences, seed=seed)
+        for source in (validation, test)
+    )
+
+    def progress(trial: Trial) -> None:
+        err.print(f"{trial.loss:.5f}  {_about(trial.rule)}", highlight=False, markup=False)
+
+    starts = _rules(trajectory, rule, settings, grid)
+    found = tune(
+        trajectory,
+        starts,
+        seen,
+        unseen,
+        evaluations=evaluations,
+        batch_size=batch_size,
+        device=device,
+        progress=progress,
+    )
+    _print_tuned(found)
+
+
+def _require(command: str) -> None:
+    for module, extra in (("transformers", "eval"), ("datasets", "eval"), ("scipy", "lab")):
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"lagless {command} needs {module}: pip install 'lagless[{extra}]'")
+
+
+def _sources(data: list[str], tasks: list[str]) -> Mapping[str, str]:
+    found: dict[str, str] = {}
+    for item in data:
+        name, equals, source = item.partition("=")
+        if not equals and len(set(tasks)) > 1:
+            raise ValueError(f"--data {item!r}; with several tasks say which it is for: --data {tasks[0]}={item}.")
+        found[name if equals else tasks[0]] = source if equals else item
+    return found
+
+
+def _label(row: Row) -> str:
+    return row.name if row.step is None else f"{row.name} at {row.step}"
+
+
+def _print_rows(rows: list[Row]) -> None:
+    from lagless.experiments.evaluate import difference
+    from lagless.experiments.evaluation import Score
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for task in rows[0].results:
+        table.add_column(task, justify="right")
+        table.add_column("difference", justify="right")
+    for row in rows:
+        cells: list[str] = []
+        for task, result in row.results.items():
+            cells.append(f"{result.mean.value:.4f} ± {result.mean.standard_error:.4f}")
+            paired = difference(result, rows[0].results[task])
+            cells.append("" if row is rows[0] else f"{paired.value:+.4f} ± {paired.standard_error:.4f}")
+        table.add_row(_label(row), *cells)
+    out.print(table, highlight=False)
+    for task, result in rows[0].results.items():
+        if isinstance(result, Score) and result.truncated:
+            out.print(
+                f"note: {task}: {result.truncated} of {len(result.prompts)} prompts are longer than the model's "
+                "context and lose their beginning",
+                highlight=False,
+                markup=False,
+            )
+
+
+def _about(rule: Rule | None) -> str:
+    return "live" if rule is None else f"{type(rule).__name__} {_settings_of(rule)}".strip()
+
+
+def _print_tuned(found: Tuned) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("average", "validation", "test", "test minus live", "rule"):
+        table.add_column(column, overflow="fold")
+    for c in found.candidates:
+        paired = "" if c.rule is None else f"{c.difference.value:+.4f} ± {c.difference.standard_error:.4f}"
+        tested = f"{c.test.value:.4f} ± {c.test.standard_error:.4f}"
+        table.add_row(c.name, f"{c.validation:.4f}", tested, paired, _about(c.rule))
+    out.print(table, highlight=False)
+    gain = found.best_minus_start
+    out.print(
+        f"{len(found.trials)} of {found.considered} settings were evaluated on validation; on test, the best is "
+        f"{gain.value:+.4f} ± {gain.standard_error:.4f} from the best start",
+        highlight=False,
+    )
