@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 
 import lagless
+import lagless.optim
 import lagless.posthoc
 import lagless.testing
 import lagless.theory
 
 DOCS = Path(__file__).parents[1] / "docs"
 REFERENCE = "".join(path.read_text() for path in sorted(DOCS.glob("reference*.md")))
+
+MODULES = (lagless, lagless.optim, lagless.posthoc, lagless.testing, lagless.theory)
 
 
 def public(module):
@@ -22,7 +25,7 @@ def public(module):
 
 @pytest.mark.parametrize(
     "name, value",
-    [pair for module in (lagless, lagless.posthoc, lagless.testing, lagless.theory) for pair in public(module)],
+    [pair for module in MODULES for pair in public(module)],
 )
 def test_public_names_have_a_docstring_and_a_place_in_the_reference(name, value):
     assert inspect.getdoc(value), f"{name} has no docstring"

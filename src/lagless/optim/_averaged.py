@@ -1,0 +1,236 @@
+"""An optimizer that keeps an average of its parameters in its state: reading it, putting it in place, saving it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lagless.optim._motion import coefficients
+from lagless.rules import Read, Rule, Snapshot, Start, rule_from_dict, rule_to_dict
+
+Self = TypeVar("Self", bound="AveragedOptimizer")
+
+LIVE = "live"
+"""Where a parameter's own weights are while it holds the average."""
+
+
+class AveragedOptimizer(Optimizer):
+    """An optimizer whose state holds, for every parameter, a step count and the buffers of an averaging rule.
+
+    The rule of a group is ``group["average"]``; the buffers of a parameter are ``state["average"]``, or
+    ``state["average_0"]`` and so on where the rule has several.
+    """
+
+    step_key = "step"
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The parameters hold the average inside the ``with`` block; afterwards, also after an error, the live bits.
+
+        Raises:
+            RuntimeError: before the first update of the average, or if the parameters hold it already.
+        """
+        self._refuse_while_evaluating("apply the average")
+        self._require_average()
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train()
+
+    @torch.no_grad()
+    def eval(self: Self) -> Self:
+        """Put the average into the parameters until :meth:`train`; does nothing if it is there already.
+
+        Parameters whose average has had no update yet, and frozen ones, keep their weights. The live weights wait in
+        the state, one more copy of the parameters: a state saved meanwhile resumes training exactly.
+        """
+        if not self._evaluating:
+            self._set_evaluating(True)
+            try:
+                for parameter, value in self._values():
+                    self.state[parameter][LIVE] = parameter.detach().clone()
+                    parameter.copy_(value)
+            except BaseException:
+                self.train()
+                raise
+        return self
+
+    @torch.no_grad()
+    def train(self: Self, mode: bool = True) -> Self:
+        """Put the live weights back, bit for bit; with ``mode=False`` the same as :meth:`eval`."""
+        if not mode:
+            return self.eval()
+        if self._evaluating:
+            for parameter in self._parameters():
+                live = self.state[parameter].pop(LIVE, None) if parameter in self.state else None
+                if live is None:
+                    continue
+                if (parameter.dtype, parameter.device) == (live.dtype, live.device):
+                    parameter.detach().copy_(live)
+                else:
+                    parameter.data = live
+            self._set_evaluating(False)
+        return self
+
+    @torch.no_grad()
+    def read(self, module: nn.Module | None = None, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The averaged weights as new tensors; the live ones stay untouched.
+
+        A read off an update step counts the tail, as with :class:`lagless.Averager`.
+
+        Args:
+            module: whose names to use; every name of a tied parameter maps to the same tensor. None for the names the
+                optimizer was given (``named_parameters()``), or else the positions of the parameters, ``"0"`` and so
+                on.
+            dtype: of the result; None for float32 (wider where the parameters are).
+
+        Raises:
+            RuntimeError: before the first update of the average.
+        """
+        self._require_average()
+        values = {p: v if dtype is None else v.to(dtype) for p, v in self._values()}
+        if module is None:
+            names = [name for group in self.param_groups for name in group.get("param_names", group["params"])]
+            pairs = zip(names, self._parameters(), strict=True)
+            named = [(name if isinstance(name, str) else str(i), p) for i, (name, p) in enumerate(pairs)]
+        else:
+            named = list(module.named_parameters(remove_duplicate=False))
+        return {name: values[p] for name, p in named if p in values}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim`` has it; rules are plain JSON, and nothing in it needs code to be loaded."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group["average"] = rule_to_dict(group["average"])
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state of :meth:`state_dict`. Tensors keep their own dtype, also under bfloat16 parameters.
+
+        A state saved after :meth:`eval` leaves this optimizer evaluating, whatever the parameters hold now:
+        :meth:`train` puts the saved live weights into them.
+
+        Raises:
+            ValueError: if the state is another optimizer's, or lacks what the average needs.
+        """
+        given: dict[str, Any] = {}
+        self._check_state(state_dict)
+        groups = [{**g, "average": rule_from_dict(g["average"])} for g in state_dict["param_groups"]]
+        seen = self.register_load_state_dict_pre_hook(lambda _, state: given.update(state))  # after all other hooks
+        try:
+            super().load_state_dict({**state_dict, "param_groups": groups})
+        finally:
+            seen.remove()
+        # torch casts floating-point state to the parameters' dtype; averages and moments have their own.
+        indices = [i for group in given["param_groups"] for i in group["params"]]
+        for index, parameter in zip(indices, self._parameters(), strict=True):
+            held = self.state[parameter] if parameter in self.state else {}
+            for name, value in given["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and held[name].dtype != value.dtype and name != "step":
+                    held[name] = value.to(held[name].device)
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        if any("average" not in group for group in state_dict["param_groups"]):
+            raise ValueError(
+                f"this is not the state of a {type(self).__name__}: its groups have no 'average'. "
+                "To go on from another optimizer, start with a new state."
+            )
+        for group in state_dict["param_groups"]:
+            rule = rule_from_dict(group["average"])
+            for index in group["params"]:
+                state = state_dict["state"].get(index)
+                if state is None:
+                    continue
+                needed = {self.step_key, *average_keys(rule)}
+                if group["evaluating"] and coefficients(rule, int(state.get(self.step_key, 0))) is not None:
+                    needed.add(LIVE)
+                missing = sorted(needed - state.keys())
+                if missing and not needed.isdisjoint(state):  # a wrapped optimizer may have state before any step
+                    raise ValueError(
+                        f"the state of parameter {index} lacks {', '.join(missing)}; it was saved incompletely. Call "
+                        "train() before saving with a tool that keeps only known entries."
+                    )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("evaluating", False)
+
+    @property
+    def _evaluating(self) -> bool:
+        return any(group["evaluating"] for group in self.param_groups)
+
+    def _set_evaluating(self, value: bool) -> None:
+        for group in self.param_groups:
+            group["evaluating"] = value
+
+    def _refuse_while_evaluating(self, action: str) -> None:
+        if self._evaluating:
+            raise RuntimeError(
+                f"cannot {action} while the parameters hold the average: call train(), or leave the applied() block, "
+                "first."
+            )
+
+    def _require_average(self) -> None:
+        if all(read is None for _, _, read in self._reads()):
+            rules = ", ".join(dict.fromkeys(str(group["average"]) for group in self.param_groups))
+            raise RuntimeError(f"there is no average yet: {rules} has had no update. Read it later.")
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _reads(self) -> Iterator[tuple[Tensor, Rule, Read | None]]:
+        """Every parameter, its rule, and how its average is read now; None where there is none yet."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter] if parameter in self.state else {}
+                started = self.step_key in state
+                read = coefficients(group["average"], int(state[self.step_key])) if started else None
+                yield parameter, group["average"], read
+
+    def _values(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every parameter that has an average, and the average in float32 or wider."""
+        for parameter, rule, read in self._reads():
+            if read is not None:
+                state = self.state[parameter]
+                live = state.get(LIVE, parameter).detach()
+                terms = [(live, read.live), *zip((state[key] for key in average_keys(rule)), read.buffers, strict=True)]
+                yield parameter, _combine([(t, w) for t, w in terms if w != 0.0])
+
+
+def average_keys(rule: Rule) -> list[str]:
+    """The names of the rule's buffers in the state of a parameter."""
+    count = len(rule.labels)
+    return ["average"] if count == 1 else [f"average_{i}" for i in range(count)]
+
+
+def new_buffers(rule: Rule, start: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The rule's buffers for one parameter, copies of ``start``: iterates in its dtype, averages in ``dtype``, by
+    default float32 or wider.
+    """
+    kinds = [
+        start.dtype if isinstance(label, Start | Snapshot) else dtype or torch.promote_types(start.dtype, torch.float32)
+        for label in rule.labels
+    ]
+    return {
+        key: start.detach().to(kind, copy=True, memory_format=torch.preserve_format)
+        for key, kind in zip(average_keys(rule), kinds, strict=True)
+    }
+
+
+def _combine(terms: list[tuple[Tensor, float]]) -> Tensor:
+    """Σ weight · tensor as a new tensor in float32 or wider. A single term of weight 1 is a copy, bit for bit."""
+    (first, weight), *others = terms
+    wide = torch.promote_types(first.dtype, torch.float32)
+    total = first.to(wide, copy=True)
+    if weight != 1.0:
+        total.mul_(weight)
+    for tensor, weight in others:
+        total.add_(tensor.to(wide), alpha=weight)
+    return total

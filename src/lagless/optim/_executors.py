@@ -1,0 +1,180 @@
+"""Ways to run one step of PACE over many tensors, each equal to the pure update: block by block, or as one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from lagless.averaging._rounding import stochastic_round_
+from lagless.optim._blocks import Row, blocks
+from lagless.optim._motion import Motion
+from lagless.optim._statistics import Statistics
+from lagless.rules import Read, Update
+from lagless.updates import PaceConstants, pulled_adamw
+
+SMALLEST = 1 << 16  # elements: below this, calling a compiled kernel costs more than it saves
+
+Columns = list[list[Tensor]]
+
+
+def step_in_blocks(
+    rows: Sequence[Row], k: PaceConstants, motion: Motion, seed: int, statistics: Statistics | None = None
+) -> None:
+    """One step of the parameters in ``rows``, in cache-sized blocks; temporaries are as large as a block.
+
+    With no pull these are the operations of ``torch.optim.AdamW(foreach=True)``, bit for bit.
+
+    Args:
+        rows: (weights, gradient, first moment, second moment, buffers...) of each parameter; modified in place.
+        k: numbers.
+        motion: what the average does.
+        seed: of the rounding of bfloat16 averages.
+        statistics: where to count what the pull does.
+    """
+    generator: torch.Generator | None = None
+    for theta, grad, m, v, *buffers in blocks(rows):
+        wide = torch.promote_types(theta[0].dtype, torch.float32)
+        weights, grad = widened(theta, wide), widened(grad, wide)
+        before = [w.clone() for w in weights] if statistics is not None else []
+        if k.sign < 0.0:
+            grad = torch._foreach_neg(grad)
+        distance = towards(motion.target, buffers, weights) if k.pull != 0.0 else None
+
+        torch._foreach_lerp_(m, grad, k.first)
+        torch._foreach_mul_(v, 1.0 - k.second)
+        torch._foreach_addcmul_(v, grad, grad, k.second)
+        denominator = list(torch._foreach_sqrt(v))
+        torch._foreach_div_(denominator, k.correction)
+        torch._foreach_add_(denominator, k.eps)
+        torch._foreach_mul_(weights, k.decay)
+        torch._foreach_addcdiv_(weights, m, denominator, -k.rate)
+        if distance is not None:
+            pull_(weights, denominator, distance, k.pull, k.ceiling)
+        if statistics is not None and distance is not None:
+            statistics.count(before, weights, denominator, distance, k.ceiling)
+
+        if weights is not theta:
+            torch._foreach_copy_(theta, weights)
+            torch._foreach_copy_(weights, theta)  # the average is of the weights as they were rounded
+        if motion.update is not None:
+            if generator is None:
+                generator = torch.Generator(theta[0].device).manual_seed(seed)
+            move(buffers, motion.update, weights, generator)
+
+
+def pull_(
+    weights: list[Tensor], denominator: list[Tensor], distance: list[Tensor], pull: float, ceiling: float
+) -> None:
+    """``weights += min(pull/denominator, ceiling) · distance``; leaves the unclamped gains in ``denominator``."""
+    torch._foreach_reciprocal_(denominator)
+    torch._foreach_mul_(denominator, pull)
+    gain = denominator if ceiling == float("inf") else torch._foreach_clamp_max(denominator, ceiling)
+    torch._foreach_addcmul_(weights, gain, distance)
+
+
+def towards(target: Read, buffers: Columns, weights: list[Tensor]) -> list[Tensor] | None:
+    """``c·b + d θ - θ``, or None where that is nothing."""
+    terms = [(b, w) for b, w in zip(buffers, target.buffers, strict=True) if w != 0.0]
+    if not terms:
+        return None
+    (first, weight), *others = terms
+    wide = weights[0].dtype
+    if weight == 1.0 and not others and target.live == 0.0:
+        return list(torch._foreach_sub(widened(first, wide), weights))
+    distance = list(torch._foreach_mul(widened(first, wide), weight))
+    for buffer, weight in others:
+        torch._foreach_add_(distance, widened(buffer, wide), alpha=weight)
+    torch._foreach_add_(distance, weights, alpha=target.live - 1.0)
+    return distance
+
+
+def move(buffers: Columns, update: Update, weights: list[Tensor], generator: torch.Generator) -> None:
+    """``b ← M b + v θ`` in place: from the last buffer to the first, each sees the others' old values."""
+    for i in reversed(range(len(buffers))):
+        keep, live = update.matrix[i][i], update.live[i]
+        others = [(buffers[j], w) for j, w in enumerate(update.matrix[i]) if w != 0.0 and j != i]
+        if keep == 1.0 and live == 0.0 and not others:
+            continue
+        if keep == 0.0 and live == 1.0:
+            torch._foreach_copy_(buffers[i], weights)
+            continue
+        wide = torch.promote_types(buffers[i][0].dtype, weights[0].dtype)
+        value, theta = widened(buffers[i], wide), widened(weights, wide)
+        if others:
+            torch._foreach_mul_(value, keep)
+            for buffer, weight in others:
+                torch._foreach_add_(value, widened(buffer, wide), alpha=weight)
+            torch._foreach_add_(value, theta, alpha=live)
+        else:
+            torch._foreach_lerp_(value, theta, live)
+        if value is not buffers[i]:
+            for into, exact in zip(buffers[i], value, strict=True):
+                if into.dtype == torch.bfloat16:
+                    stochastic_round_(into, exact.float(), generator)
+                else:
+                    into.copy_(exact)
+
+
+def widened(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in ``dtype``: themselves, or copies."""
+    return tensors if tensors[0].dtype == dtype else [t.to(dtype) for t in tensors]
+
+
+def step_in_one_pass(row: Row, constants: Tensor, compile: bool) -> None:
+    """One step of one parameter whose average is a single buffer: everything is read and written once, if compiled.
+
+    Args:
+        row: weights, gradient, first moment, second moment, average; modified in place.
+        constants: :class:`PaceConstants` and the step as one float64 tensor on the device of the weights, so that new
+            values need neither a new kernel nor a host sync.
+        compile: make it one kernel of ``torch.compile``; all of ``row`` must be contiguous.
+    """
+    run: Callable[..., None] = _compiled() if compile else _one_pass
+    run(*(map(_flat, row) if compile else row), constants.to(row[2].dtype))
+    if compile:
+        increment_version(row[0])  # autograd notices changed weights only through the tensors it knows
+
+
+def _one_pass(theta: Tensor, grad: Tensor, m: Tensor, v: Tensor, average: Tensor, constants: Tensor) -> None:
+    wide = m.dtype
+    *numbers, step = constants.unbind()
+    k = PaceConstants(*numbers)
+    target = average.to(wide)
+    weights, new_m, new_v = pulled_adamw(theta.to(wide), grad.to(wide), m, v, target, k)
+    rounded = weights.to(theta.dtype)
+    moved = target + k.average * (rounded.to(wide) - target)
+    average.copy_(_rounded_at_random(moved, step) if average.dtype == torch.bfloat16 else moved)
+    theta.copy_(rounded)
+    m.copy_(new_m)
+    v.copy_(new_v)
+
+
+def _rounded_at_random(value: Tensor, step: Tensor) -> Tensor:
+    """``value`` to bfloat16, up or down at random so that the expectation is ``value``.
+
+    The noise is a hash of an element's place and the step, so that a kernel needs no generator, and a resumed run draws
+    it again. The rounding is that of :func:`lagless.averaging._rounding.stochastic_round_`.
+    """
+    bits = value.float().view(torch.int32)
+    place = torch.arange(value.numel(), dtype=torch.int32, device=value.device).view(value.shape)
+    mixed = (place + step.to(torch.int32) * 0x3C6EF372) * 0x2C1B3C6D
+    mixed = (mixed ^ ((mixed >> 12) & 0xFFFFF)) * 0x297A2D39
+    noise = (mixed ^ ((mixed >> 15) & 0x1FFFF)) & 0xFFFF
+    finite = value.abs() < float("inf")
+    return torch.where(finite, (bits + noise) & -(1 << 16), bits).view(torch.float32).to(torch.bfloat16)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The same memory in one dimension. Not a view: a compiled function would be compiled anew for every shape seen."""
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), (tensor.numel(),), (1,))
+
+
+@cache
+def _compiled() -> Callable[..., None]:
+    # Without that option casts down and up again are dropped, and the average would be of unrounded weights.
+    return torch.compile(_one_pass, dynamic=True, fullgraph=True, options={"emulate_precision_casts": True})

@@ -1,0 +1,272 @@
+"""PACE: AdamW pulled towards the average that will be returned."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lagless.optim._averaged import AveragedOptimizer, average_keys, new_buffers
+from lagless.optim._blocks import Row, local
+from lagless.optim._executors import SMALLEST, step_in_blocks, step_in_one_pass
+from lagless.optim._motion import check_capturable, motion, motion_on_device
+from lagless.optim._settings import check_average, check_between, check_dtype
+from lagless.optim._statistics import Statistics
+from lagless.rules import EMA, Rule
+from lagless.updates import PaceConstants, pace_constants
+
+PACE_AVERAGE = EMA(ema_power=0.2, lag=1.0, min_ema_multiplier=1e-4, update_freq=1)
+
+
+class PACE(AveragedOptimizer):
+    """AdamW with a clipped pull of every coordinate towards the average of the weights; the average is what you return.
+
+    At step t, with ema the average before the step, D = (v_t/(1 - β₂^t))^½ + ε and η the present learning rate,
+
+        θ_t = AdamW step from θ_{t-1}  +  min(η c d_t/D, 1)(ema_{t-1} - θ_{t-1})
+        ema_t = (1 - β_t) ema_{t-1} + β_t θ_t
+
+    where d_t = β_t for averages whose gain β_t falls with time, and 1 for others. With ``pullback=0`` this is AdamW
+    with an average beside it. Where the gain is clamped, the weights make AdamW steps of size ηβ_t around the
+    average: see "When does PACE help?" in the documentation before you compare.
+
+    Evaluate with :meth:`applied`, :meth:`read`, or :meth:`eval` and :meth:`train`, which the Hugging Face ``Trainer``
+    calls by itself.
+
+    Args:
+        params: parameters, named parameters or parameter groups. Everything below can be set per group.
+        lr: η ≥ 0; a number or a tensor.
+        betas: (β₁, β₂) in [0, 1).
+        eps: ε > 0, for Adam and for the gain of the pull.
+        weight_decay: λ ≥ 0, decoupled.
+        pullback: c ≥ 0. The useful value depends on the scale of the gradients: the loss times s needs c times s.
+        average: the rule of the average, any of :mod:`lagless.rules`. Until its first update the pull is towards the
+            weights at its start. With BEMA, which adds α_t(θ - θ_0) to its ema, the target lies ahead of the ema in the
+            direction travelled, so the pull brakes less.
+        clamp: whether gains end at 1.
+        gate_pullback: pull only at the update steps of the average (Algorithm 1 of the paper; the authors' code pulls
+            at every step). No difference for ``update_freq=1``.
+        maximize: ascend.
+        average_dtype: of stored averages; None for float32 (wider where the parameters are), or ``torch.bfloat16``,
+            rounded stochastically.
+        compile: run large tensors through one kernel of ``torch.compile``, which reads and writes everything once. For
+            averages of one buffer, such as EMA; others go block by block.
+        capturable: keep step counts on the device and never wait for it, so that a step can be captured in a CUDA
+            graph; a learning rate that changes must be a tensor on the device.
+
+    Raises:
+        ValueError: if an argument is out of range.
+        TypeError: if ``average`` is no rule.
+
+    Reference:
+        Au and Block, *Training for the Model You Return*, arXiv 2606.25086, Algorithm 1; settings of Figure 1
+        (SmolLM2-1.7B). Where paper and code differ, this follows the code.
+
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.ones(3))
+    >>> optimizer = PACE([weight], lr=0.1)
+    >>> for _ in range(100):
+    ...     optimizer.zero_grad()
+    ...     weight.square().sum().backward()
+    ...     _ = optimizer.step()
+    >>> with optimizer.applied():
+    ...     bool(weight.abs().max() < 0.1)
+    True
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        pullback: float = 0.15,
+        average: Rule = PACE_AVERAGE,
+        *,
+        clamp: bool = True,
+        gate_pullback: bool = False,
+        maximize: bool = False,
+        average_dtype: torch.dtype | None = None,
+        compile: bool = False,
+        capturable: bool = False,
+    ) -> None:
+        settings = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "pullback": pullback,
+            "average": average,
+            "clamp": clamp,
+            "gate_pullback": gate_pullback,
+            "maximize": maximize,
+            "average_dtype": average_dtype,
+            "compile": compile,
+            "capturable": capturable,
+            "evaluating": False,
+        }
+        self._statistics: Statistics | None = None
+        super().__init__(params, settings)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._statistics = None
+        super().__setstate__(state)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with settings of their own.
+
+        Raises:
+            ValueError: if a setting is out of range.
+        """
+        _check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step.
+
+        Args:
+            closure: evaluates the model anew and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: while the parameters hold the average, or for sparse gradients or complex parameters.
+        """
+        self._refuse_while_evaluating("take a step")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter in parameters:
+                self._prepare(parameter, group)
+            if group["capturable"] and self._statistics is None:
+                self._step_on_device(group, parameters)
+            else:
+                self._step(group, parameters)
+        if self._statistics is not None:
+            self._statistics.steps += 1
+        return loss
+
+    @contextmanager
+    def recording(self) -> Iterator[Statistics]:
+        """Statistics of the steps inside the ``with`` block: how much is clamped, gains and norms.
+
+        Recorded steps go block by block, also with ``compile`` and ``capturable``.
+
+        Raises:
+            RuntimeError: on a read without any step recorded.
+        """
+        self._statistics = statistics = Statistics()
+        try:
+            yield statistics
+        finally:
+            self._statistics = None
+
+    def _prepare(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Refuse what cannot be stepped, and make the state of a parameter at its first step."""
+        if parameter.is_complex() or parameter.grad is None or parameter.grad.layout != torch.strided:
+            raise RuntimeError("PACE needs real parameters and dense gradients; use SparseAdam or view_as_real.")
+        state = self.state[parameter]
+        if state:
+            return
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        state["step"] = torch.zeros((), device=parameter.device if group["capturable"] else "cpu")
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(parameter, dtype=wide, memory_format=torch.preserve_format)
+        state.update(new_buffers(group["average"], parameter, group["average_dtype"]))
+
+    def _rows(self, parameters: list[Tensor], group: dict[str, Any]) -> Iterator[Row]:
+        names = ("exp_avg", "exp_avg_sq", *average_keys(group["average"]))
+        for parameter in parameters:
+            state = self.state[parameter]
+            yield local(parameter), _local_gradient(parameter), *[local(state[name]) for name in names]
+
+    def _step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        kinds: defaultdict[tuple[Any, ...], list[Row]] = defaultdict(list)
+        steps = [self.state[p]["step"] for p in parameters]
+        if steps:
+            torch._foreach_add_(steps, 1.0)
+        for row, step in zip(self._rows(parameters, group), steps, strict=True):
+            kinds[int(step), row[0].device, tuple(t.dtype for t in row)].append(row)
+        rule: Rule = group["average"]
+        for index, ((step, device, _), rows) in enumerate(kinds.items()):
+            moves = motion(rule, step)
+            pulls = moves.update is not None or not group["gate_pullback"]
+            k = _constants(group, step, float(group["lr"]), moves.decay if pulls else 0.0, moves.weight or 0.0)
+            others = rows
+            if group["compile"] and moves.weight is not None and self._statistics is None:
+                constants, others = torch.tensor((*k, step), dtype=torch.float64).to(device), []
+                for row in rows:
+                    if _can_compile(row):
+                        step_in_one_pass(row, constants, compile=True)
+                    else:
+                        others.append(row)
+            step_in_blocks(others, k, moves, seed=step * 1000 + index, statistics=self._statistics)
+
+    def _step_on_device(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """As :meth:`_step`, with step counts and all that follows from them on the device."""
+        devices: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+        for parameter in parameters:
+            devices[parameter.device].append(parameter)
+        for same in devices.values():
+            steps = [self.state[p]["step"] for p in same]
+            torch._foreach_add_(steps, 1.0)
+            t = torch.stack(steps).double()
+            weight, decay = motion_on_device(group["average"], t)
+            pulls = torch.where(weight > 0.0, decay, 0.0) if group["gate_pullback"] else decay
+            k = _constants(group, t, group["lr"], pulls, weight)
+            columns = [x.expand_as(t) if isinstance(x, Tensor) else torch.full_like(t, x) for x in (*k, t)]
+            for row, constants in zip(self._rows(same, group), torch.stack(columns, dim=1).unbind(), strict=True):
+                step_in_one_pass(row, constants, compile=group["compile"] and _can_compile(row))
+
+
+def _constants(group: dict[str, Any], step: Any, lr: Any, decay: Any, weight: Any) -> PaceConstants:
+    return pace_constants(
+        step,
+        lr=lr,
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        pullback=group["pullback"] * decay,
+        clamp=group["clamp"],
+        maximize=group["maximize"],
+        average=weight,
+    )
+
+
+def _can_compile(row: Row) -> bool:
+    return row[0].numel() >= SMALLEST and all(t.is_contiguous() for t in row)
+
+
+def _local_gradient(parameter: Tensor) -> Tensor:
+    gradient: Any = parameter.grad
+    if hasattr(gradient, "redistribute"):
+        sharded: Any = parameter
+        gradient = gradient.redistribute(sharded.device_mesh, sharded.placements)
+    return local(gradient)
+
+
+def _check(group: dict[str, Any]) -> None:
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    if not isinstance(lr, Tensor):
+        check_between("lr", lr)
+    elif lr.numel() != 1:
+        raise ValueError(f"lr has shape {tuple(lr.shape)}; a learning rate is one number.")
+    check_between("betas[0]", beta1, below=1.0)
+    check_between("betas[1]", beta2, below=1.0)
+    check_between("eps", group["eps"], positive=True)
+    check_between("weight_decay", group["weight_decay"])
+    check_between("pullback", group["pullback"])
+    check_average(group["average"])
+    check_dtype(group["average_dtype"])
+    if group["capturable"]:
+        check_capturable(group["average"])

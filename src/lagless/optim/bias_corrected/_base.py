@@ -1,0 +1,253 @@
+"""What bias-corrected optimizers have in common: microbatches, patterns of parameters, skipped steps, wide states."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lagless._validation import require_integer
+from lagless.optim.bias_corrected._microbatches import Collected, Microbatches, norms
+from lagless.optim.bias_corrected._report import Correction, CorrectionSums
+from lagless.optim.bias_corrected._sums import PowerSums, Sums
+
+STANDARD = ("embed", "lm_head", "wte")
+_log = logging.getLogger("lagless")
+
+
+class BiasCorrected(Optimizer):
+    """An optimizer that sees microbatches; subclasses say which sums they need and how they step.
+
+    Args:
+        params: parameters, named parameters or parameter groups.
+        defaults: of the groups.
+        standard: parts of names; parameters with them form groups of their own, stepped without correction.
+        report_freq: steps between records for :meth:`correction_report`; 0 for none.
+        process_group: data-parallel processes; None for the default group, if there is one.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        standard: Sequence[str],
+        report_freq: int,
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        self._standard = (standard,) if isinstance(standard, str) else tuple(standard)
+        self._report_freq = require_integer("report_freq", report_freq, minimum=0)
+        self._sums: dict[int, CorrectionSums] = {}
+        self._folds_seen = False
+        self._microbatches = Microbatches(_data_parallel(process_group))
+        super().__init__(params, defaults)
+        self._say_what_is_standard()
+
+    _plain: ClassVar[dict[str, Any]]
+    """The settings of a group of parameters whose names are in ``standard``."""
+    _plain_words: ClassVar[str] = "no correction"
+
+    @abstractmethod
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for bad hyperparameters."""
+
+    @abstractmethod
+    def _needs(self, group: dict[str, Any], parameter: Tensor) -> tuple[Sums | None, bool]:
+        """What to sum over a parameter's microbatches, and whether to keep their gradients."""
+
+    @abstractmethod
+    def _update(self, group: dict[str, Any], collected: dict[Tensor, Collected], sums: CorrectionSums | None) -> None:
+        """Step the parameters of a group; ``sums`` wants to know about the correction, or is None."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore
+        """One optimizer step, with every microbatch since the last one.
+
+        If a gradient is not finite nothing changes, neither weights nor moments nor counters.
+
+        Raises:
+            RuntimeError: if a correction needs several microbatches and there never were any.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        finite = self._all_finite(parameters)
+        # Followers of this optimizer's steps look here, as they do for those that a gradient scaler skips.
+        self.found_inf = torch.tensor(float(not finite))
+        if finite:
+            collected = self._microbatches.read(parameters)
+            self._folds_seen |= any(found.count > 1 for found in collected.values())
+            # torch.distributed.checkpoint makes states by a step of learning rate 0 with gradients out of nowhere.
+            self._refuse(
+                [g for g in self.param_groups if g["lr"] > 0.0 and any(p.grad is not None for p in g["params"])]
+            )
+            for index, group in enumerate(self.param_groups):
+                self._update(group, collected, self._recorder(index, group))
+        self._forget(stepped=True)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, and the microbatches that they are made of."""
+        super().zero_grad(set_to_none)
+        self._forget(stepped=False)
+
+    def correction_report(self) -> list[Correction]:
+        """How much the correction matters, one record per parameter group, from the latest step it was recorded in.
+
+        Raises:
+            RuntimeError: if none was recorded yet.
+        """
+        if not self._sums:
+            raise RuntimeError(
+                f"no step has been recorded; report_freq={self._report_freq}: every so many steps of a corrected group "
+                "are, from its first corrected one on."
+            )
+        return [self._sums[i].result(i, g) for i, g in enumerate(self.param_groups) if i in self._sums]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; parameters whose names match ``standard`` form one of their own, unless it sets cross_fit."""
+        for part in self._parts(param_group):
+            whole = self.defaults | part
+            if any(p.is_complex() for p in tensors_of(whole)):
+                raise ValueError(f"{type(self).__name__}: complex parameters; give torch.view_as_real of them.")
+            self._check(whole)
+            super().add_param_group(whole)
+            self._follow(self.param_groups[-1])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state; moments keep the precision they were saved in, whatever the parameters have."""
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        saved = state_dict["param_groups"]
+        if len(own) == len(saved):  # torch says what is wrong otherwise; a state of torch's AdamW lacks our settings
+            state_dict = state_dict | {"param_groups": [a | b for a, b in zip(own, saved, strict=True)]}
+        super().load_state_dict(state_dict)
+        numbers = [i for group in saved for i in group["params"]]
+        for i, p in zip(numbers, (p for group in self.param_groups for p in group["params"]), strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor):  # torch has cast it to the parameter's dtype
+                    self.state[p][key] = value.to("cpu" if key == "step" else p.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_standard", "_report_freq", "_sums", "_folds_seen")
+        return super().__getstate__() | {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Loading comes here as well, and brings the hyperparameters that say what is to be collected.
+        former = self.__dict__.get("_microbatches")
+        if former is not None:
+            former.remove()
+        self._microbatches = Microbatches(_data_parallel(None) if former is None else former.group)
+        for group in self.param_groups:
+            self._follow(group)
+
+    def _follow(self, group: dict[str, Any]) -> None:
+        for p in group["params"]:
+            sums, keep = self._needs(group, p)
+            if sums is not None or keep:
+                self._microbatches.track(p, sums or PowerSums(()), keep)
+        if any(isinstance(p, DTensor) for p in group["params"]):
+            self._microbatches.group = None  # sharded gradients arrive reduced: a microbatch is that of all processes
+
+    def _forget(self, stepped: bool) -> None:
+        self._microbatches.close()
+
+    def _refuse(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Raise, before anything has changed, if ``groups`` need microbatches and there never were any."""
+        if not self._folds_seen and any(p in self._microbatches for group in groups for p in group["params"]):
+            raise RuntimeError(
+                f"{type(self).__name__} needs the gradients of at least 2 microbatches per step and saw "
+                f"{self._microbatches.begun}. Accumulate gradients over several backward() calls made after the "
+                "optimizer was, or set cross_fit='none' and inverse_correction='none'."
+            )
+
+    def _all_finite(self, parameters: Sequence[Tensor]) -> bool:
+        if not parameters:
+            return True
+        if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+            raise RuntimeError(
+                f"{type(self).__name__}: sparse gradients; use dense ones, e.g. sparse=False in Embedding."
+            )
+        finite = torch.stack([n.float() for n in norms(parameters)]).isfinite().all()
+        sharded = next((p for p in parameters if isinstance(p, DTensor)), None)
+        if sharded is not None:
+            flag = finite.float()
+            for dimension in range(sharded.device_mesh.ndim):
+                dist.all_reduce(flag, dist.ReduceOp.MIN, group=sharded.device_mesh.get_group(dimension))
+            return bool(flag)
+        return bool(finite)  # the step's one wait for the device
+
+    def _recorder(self, index: int, group: dict[str, Any]) -> CorrectionSums | None:
+        if not self._report_freq or not self._corrects(group):
+            return None
+        steps = [int(self.state[p]["step"]) for p in group["params"] if "step" in self.state[p]]
+        step = 1 + max(steps, default=0)
+        if step < self._first(group) or (index in self._sums and step % self._report_freq):
+            return None
+        self._sums[index] = CorrectionSums(step)
+        return self._sums[index]
+
+    def _first(self, group: dict[str, Any]) -> int:
+        """The first step that is corrected."""
+        return group.get("warm_start", 0) + 1
+
+    def _parts(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        named = bool(params) and all(isinstance(p, tuple) for p in params)
+        if not named or not self._standard or "cross_fit" in group or not self._special(self.defaults | group):
+            yield group | {"params": params}
+            return
+        plain = [any(part in name for part in self._standard) for name, _ in params]
+        if not all(plain):
+            yield group | {"params": [p for p, standard in zip(params, plain, strict=True) if not standard]}
+        if any(plain):
+            chosen = [p for p, standard in zip(params, plain, strict=True) if standard]
+            yield (group | {"params": chosen} | self._plain)
+
+    def _special(self, group: dict[str, Any]) -> bool:
+        """Whether a group is stepped otherwise than those in ``standard``."""
+        return self._corrects(group)
+
+    @staticmethod
+    def _corrects(group: dict[str, Any]) -> bool:
+        return group["cross_fit"] != "none" or group["inverse_correction"] != "none"
+
+    def _say_what_is_standard(self) -> None:
+        if not any(self._special(group) for group in self.param_groups) or not self._standard:
+            return
+        if "param_names" not in self.param_groups[0]:
+            _log.warning(
+                "%s: parameters came without names, so embeddings could not be told apart and are corrected too. "
+                "Rows of rare tokens then get a numerator without a preconditioner; pass model.named_parameters().",
+                type(self).__name__,
+            )
+            return
+        plain = [n for g in self.param_groups if not self._special(g) for n in g["param_names"]]
+        if plain:
+            _log.warning(
+                "%s: %s for %s (names with %s); standard=() treats them like the others.",
+                type(self).__name__,
+                self._plain_words,
+                ", ".join(plain) if len(plain) < 5 else f"{', '.join(plain[:4])} and {len(plain) - 4} more",
+                ", ".join(self._standard),
+            )
+
+
+def tensors_of(group: dict[str, Any]) -> list[Tensor]:
+    """The parameters of a group, named or not."""
+    return [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+
+
+def _data_parallel(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    return None if group is None or group.size() == 1 else group

@@ -1,0 +1,65 @@
+"""How large a correction is in a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What the correction did to one parameter group's update in one step.
+
+    Attributes:
+        group: index in ``optimizer.param_groups``.
+        step: the optimizer step it was recorded in.
+        cross_fit: as in the group.
+        inverse_correction: as in the group.
+        relative: ‖u - u_std‖/‖u_std‖, u_std the standard update from the same gradients and moments.
+        cosine: between u and u_std.
+        dispersion: mean over coordinates of Var(D̂)/D², the preconditioner's relative variance as the inverse
+            correction estimates it; nan where nothing of the kind is collected.
+    """
+
+    group: int
+    step: int
+    cross_fit: str
+    inverse_correction: str
+    relative: float
+    cosine: float
+    dispersion: float
+
+
+class CorrectionSums:
+    """Inner products of one step's updates, summed on their device until somebody asks."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self._products: Tensor | None = None  # u·u, u·s, s·s, (u - s)·(u - s), Σ dispersion
+        self._counted = 0
+
+    def add(self, update: Tensor, standard: Tensor, dispersion: Tensor | None) -> None:
+        """Count a piece of a corrected update, of the standard one, and Var(D̂)/D² of its coordinates."""
+        u, s = update.double().flatten(), standard.double().flatten()
+        difference = u - s
+        spread = u.new_zeros(()) if dispersion is None else dispersion.double().sum()
+        products = torch.stack([u @ u, u @ s, s @ s, difference @ difference, spread])
+        self._products = products if self._products is None else self._products + products
+        self._counted += 0 if dispersion is None else dispersion.numel()
+
+    def result(self, index: int, group: dict[str, Any]) -> Correction:
+        """The report; waits for the device."""
+        uu, us, ss, dd, spread = [0.0] * 5 if self._products is None else self._products.tolist()
+        return Correction(
+            group=index,
+            step=self.step,
+            cross_fit=group["cross_fit"],
+            inverse_correction=group["inverse_correction"],
+            relative=math.sqrt(dd / ss) if ss else 0.0,
+            cosine=us / math.sqrt(uu * ss) if uu and ss else math.nan,
+            dispersion=spread / self._counted if self._counted else math.nan,
+        )

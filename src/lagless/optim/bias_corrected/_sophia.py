@@ -1,0 +1,294 @@
+"""Sophia-G with cross-fitted curvature and corrected inverses."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lagless.optim._blocks import local
+from lagless.optim.bias_corrected._base import STANDARD, BiasCorrected
+from lagless.optim.bias_corrected._elements import move, pieces
+from lagless.optim.bias_corrected._hyperparameters import (
+    require,
+    require_betas,
+    require_nonnegative,
+    require_positive,
+    require_steps,
+)
+from lagless.optim.bias_corrected._microbatches import Collected
+from lagless.optim.bias_corrected._report import CorrectionSums
+from lagless.optim.bias_corrected._sums import Power, PowerSums, Sums, sum_over
+from lagless.updates import sophia_inverse, sophia_update, sophia_variance, two_nodes
+
+
+class BiasCorrectedSophia(BiasCorrected):
+    """Sophia-G whose gradient and curvature may come from different microbatches, and whose inverse may be corrected.
+
+    With q the gradient of the loss on labels that the model itself sampled, and c = ρ · batch_size:
+
+        m ← β₁m + (1 - β₁)g;   every k steps h ← β₂h + (1 - β₂)s,  P = c·h + ε
+        θ ← (1 - lr·λ)θ - lr · clamp(m · max(0, 1/P - V/P³), ±clip)
+
+    For cross_fit "none", g = ḡ and s = (mean q)² of all microbatches; for "split", g = ḡ_A of every second one and s
+    = mean q² of those between. V is the variance of P's mean over microbatches for "post_ema" and "pre_ema", which are
+    the same since P is affine in q²; 0 for "none".
+
+    :meth:`correction_report` compares with the update from ḡ and the same h without V.
+
+    Curvature is collected by :meth:`estimate_curvature`, or by :meth:`add_curvature` in a loop of your own.
+
+    Args:
+        params: parameters, groups, or better ``model.named_parameters()``, see ``standard``.
+        lr: learning rate ≥ 0.
+        betas: β₁ and β₂ in [0, 1).
+        eps: ε > 0, added to c·h.
+        weight_decay: λ ≥ 0, decoupled.
+        rho: ρ > 0, how much curvature counts.
+        batch_size: what one q is a mean over, in the unit that ρ was tuned in: the samples of a whole step for
+            "none", those of one microbatch for "split". Sampled-label gradients have mean 0, so the mean of n squares
+            is n times the square of the mean, and the same number for both would make P n times as large.
+        clip: largest |u| per coordinate.
+        hessian_freq: k, steps between estimates of the curvature.
+        cross_fit: "none" or "split".
+        inverse_correction: "none", "post_ema" or "pre_ema".
+        standard: parts of names of parameters to step without corrections; () for none. Their ``batch_size`` is the
+            same, so give groups of their own where parity matters.
+        report_freq: every how many steps to record for :meth:`correction_report`; 0 for never.
+        process_group: data-parallel processes, all of whose microbatches are folds; None for the default group.
+
+    Raises:
+        ValueError: for a hyperparameter out of range.
+
+    Reference:
+        Liu et al., arXiv 2305.14342, Algorithm 3; Nayak et al., arXiv 2605.20756. No bias correction of m or h.
+    """
+
+    _plain: ClassVar[dict[str, Any]] = {"cross_fit": "none", "inverse_correction": "none"}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.965, 0.99),
+        eps: float = 1e-12,
+        weight_decay: float = 0.1,
+        *,
+        rho: float = 0.05,
+        batch_size: float = 1.0,
+        clip: float = 1.0,
+        hessian_freq: int = 10,
+        cross_fit: Literal["none", "split"] = "split",
+        inverse_correction: Literal["none", "post_ema", "pre_ema"] = "none",
+        standard: Sequence[str] = STANDARD,
+        report_freq: int = 100,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rho": rho,
+            "batch_size": batch_size,
+            "clip": clip,
+            "hessian_freq": hessian_freq,
+            "cross_fit": cross_fit,
+            "inverse_correction": inverse_correction,
+        }
+        self._curvature: dict[Tensor, PowerSums] = {}
+        self._estimates = [0, 0]  # of either half
+        super().__init__(params, defaults, standard=standard, report_freq=report_freq, process_group=process_group)
+
+    @property
+    def curvature_due(self) -> bool:
+        """Whether the next step takes in curvature."""
+        return any(self._due(group) for group in self.param_groups)
+
+    def estimate_curvature(self, model: nn.Module) -> RemovableHandle:
+        """Collect curvature whenever ``model`` is called for training and a step that needs it is ahead.
+
+        Labels are sampled from the logits of the same forward pass, one more backward pass each time. The model is
+        called with ``labels`` and returns an object with ``logits``, shape (batch, length, vocabulary), of the next
+        token, as causal language models of transformers do; that is all it takes in the Trainer.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+        owner = weakref.ref(self)
+
+        def sample(_: nn.Module, __: Any, arguments: dict[str, Any], output: Any) -> None:
+            optimizer, labels = owner(), arguments.get("labels")
+            if optimizer is None or labels is None or not torch.is_grad_enabled() or not output.logits.requires_grad:
+                return
+            if optimizer.curvature_due and optimizer._wanted():
+                optimizer.add_curvature(sampled_label_loss(output.logits, labels), retain_graph=True)
+
+        return model.register_forward_hook(sample, with_kwargs=True)
+
+    def add_curvature(self, loss: Tensor, retain_graph: bool = False) -> None:
+        """Take in one microbatch's curvature.
+
+        Args:
+            loss: mean loss on sampled labels, :func:`sampled_label_loss`, not scaled by anything. Its microbatch is
+                the one whose ``backward()`` comes next.
+            retain_graph: keep the graph for a ``backward()`` on another loss.
+        """
+        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
+        half, fresh = self._half(), not any(self._estimates)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    sums = self._curvature.setdefault(p, PowerSums(_curvature_powers(group)))
+                    if fresh:
+                        sums.totals.clear()
+            for p, q in zip(parameters, gradients, strict=True):
+                if q is not None:
+                    self._curvature[p].add(local(q), half, fresh=False)
+        self._estimates[half] += 1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._curvature, self._estimates = {}, [0, 0]
+        super().__setstate__(state)
+
+    def _half(self) -> int:
+        microbatches = self._microbatches
+        rank = 0 if microbatches.group is None else microbatches.group.rank()
+        return (microbatches.begun + rank) % 2
+
+    def _wanted(self) -> bool:
+        """Whether anybody uses the curvature of the microbatch at hand."""
+        return self._half() == 1 or any(g["cross_fit"] == "none" for g in self.param_groups)
+
+    def _due(self, group: dict[str, Any]) -> bool:
+        taken = [int(self.state[p]["step"]) for p in group["params"] if "step" in self.state[p]]
+        return bool(group["params"]) and max(taken, default=0) % group["hessian_freq"] == 0
+
+    def _check(self, group: dict[str, Any]) -> None:
+        require_betas(self, group)
+        require_nonnegative(self, group, "lr", "weight_decay")
+        require_positive(self, group, "eps", "rho", "batch_size", "clip")
+        require_steps(self, group, "hessian_freq", minimum=1)
+        require(self, group, "cross_fit", group["cross_fit"] in ("none", "split"), "'none' or 'split'")
+        corrections = ("none", "post_ema", "pre_ema")
+        good = group["inverse_correction"] in corrections
+        require(self, group, "inverse_correction", good, f"one of {corrections}")
+
+    def _needs(self, group: dict[str, Any], parameter: Tensor) -> tuple[Sums | None, bool]:
+        return PowerSums((Power(1, 0),)) if group["cross_fit"] == "split" else None, False
+
+    def _all_finite(self, parameters: Sequence[Tensor]) -> bool:
+        totals = [total for sums in self._curvature.values() for total in sums.totals.values()]
+        if self._microbatches.group is not None:
+            sum_over(self._microbatches.group, totals)  # in every step or in none: all ranks are due together
+        finite = not totals or bool(torch.stack(torch._foreach_norm(totals)).isfinite().all())
+        return super()._all_finite(parameters) and finite
+
+    def _forget(self, stepped: bool) -> None:
+        # Curvature is estimated before its microbatch's backward(), and zero_grad() may come between.
+        if stepped or self._microbatches.begun:
+            self._curvature.clear()
+            self._estimates = [0, 0]
+        super()._forget(stepped)
+
+    def _refuse(self, groups: Sequence[dict[str, Any]]) -> None:
+        super()._refuse(groups)
+        for group in groups:
+            if self._due(group) and not self._estimates_of(group):
+                raise RuntimeError(
+                    "this step needs curvature and none was collected. Call optimizer.estimate_curvature(model) before "
+                    "training, or optimizer.add_curvature(loss) when optimizer.curvature_due."
+                )
+
+    def _update(self, group: dict[str, Any], collected: dict[Tensor, Collected], sums: CorrectionSums | None) -> None:
+        due = self._due(group)
+        estimates = self._estimates_of(group) if due else 0
+        for p in group["params"]:
+            if p.grad is not None:
+                self._update_one(group, p, collected.get(p), estimates, sums)
+
+    def _estimates_of(self, group: dict[str, Any]) -> int:
+        """How many microbatches' curvature there is for a group, over all processes."""
+        counts = torch.tensor(self._estimates, dtype=torch.float32)
+        over = self._microbatches.group
+        if over is not None:
+            device = next(iter(self._curvature), counts).device
+            counts = counts.to(device)
+            dist.all_reduce(counts, group=over)
+        first, second = (int(c) for c in counts)
+        return second if group["cross_fit"] == "split" else first + second
+
+    def _update_one(
+        self, group: dict[str, Any], p: Tensor, found: Collected | None, estimates: int, report: CorrectionSums | None
+    ) -> None:
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for name in ("exp_avg", "hessian", "inverse"):
+                state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        state["step"] += 1
+        split = group["cross_fit"] == "split"
+        b1, scale = group["betas"][0], group["rho"] * group["batch_size"]
+        sums = self._curvature.get(p, PowerSums(())).totals if estimates else {}
+        half = found.means[Power(1, 0)] if split and found is not None and found.halves[0] else p.grad
+        tensors = [local(t) for t in (p, half, p.grad, state["exp_avg"], state["hessian"], state["inverse"])]
+        for live, gradient, mean, m, h, inverse, *totals in pieces(*tensors, *sums.values()):
+            if estimates:
+                variance = _take_in(h, dict(zip(sums, totals, strict=True)), group, estimates, scale)
+                inverse.copy_(sophia_inverse(h, scale, group["eps"], variance))
+            old, fed = m.clone() if report is not None else m, gradient.to(m.dtype)
+            update = sophia_update(m.lerp_(fed, 1.0 - b1), inverse, group["clip"])
+            if report is not None:
+                plain = sophia_inverse(h, scale, group["eps"])
+                standard = sophia_update(old.lerp_(mean.to(m.dtype), 1.0 - b1), plain, group["clip"])
+                report.add(update, standard, None)
+            move(live, update, group["lr"], group["weight_decay"])
+
+
+def sampled_label_loss(
+    logits: Tensor, labels: Tensor, ignore_index: int = -100, generator: torch.Generator | None = None
+) -> Tensor:
+    """Mean cross-entropy of next tokens that the model samples itself, where ``labels`` supervise one.
+
+    Its gradient q makes mean q² · batch size the Gauss-Newton-Bartlett estimate of the diagonal curvature.
+
+    Args:
+        logits: of the next token, shape (batch, length, vocabulary); the last position's are not used.
+        labels: shape (batch, length), not shifted, ``ignore_index`` where there is no supervision.
+        ignore_index: as in the true loss.
+        generator: of the samples.
+    """
+    logits, supervised = logits[:, :-1].float(), labels[:, 1:] != ignore_index
+    logits = logits[supervised]
+    probabilities = logits.detach().softmax(dim=-1)
+    sampled = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    return nn.functional.cross_entropy(logits, sampled)
+
+
+def _curvature_powers(group: dict[str, Any]) -> tuple[Power, ...]:
+    corrected = group["inverse_correction"] != "none"
+    if group["cross_fit"] == "split":
+        return (Power(2, 1), Power(4, 1)) if corrected else (Power(2, 1),)
+    return (Power(1), Power(2), Power(4)) if corrected else (Power(1),)
+
+
+def _take_in(h: Tensor, sums: dict[Power, Tensor], group: dict[str, Any], n: int, scale: float) -> Tensor | None:
+    """Move h on, and return V; a parameter that sampled labels did not reach has curvature 0."""
+    means = {power: total / n for power, total in sums.items()}
+    half = 1 if group["cross_fit"] == "split" else None
+    square = means.get(Power(2, half))
+    mean = means.get(Power(1))
+    fed = square if mean is None else mean * mean
+    h.lerp_(torch.zeros_like(h) if fed is None else fed, 1.0 - group["betas"][1])
+    fourth = means.get(Power(4, half))
+    if fourth is None or square is None or n < 2:
+        return None
+    return sophia_variance(two_nodes(square, fourth - square * square, n), group["betas"][1], scale)

@@ -1,0 +1,64 @@
+"""How gradients spread over microbatches, as nodes and weights: the microbatches themselves, or a few nodes with the
+same first moments (a quadrature), so that one formula serves both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TINY = 1e-30  # below every difference of two distinct nodes that matters in float32
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A distribution over n microbatches.
+
+    Attributes:
+        nodes: shape (k, ...).
+        count: n, the number of microbatches.
+        weights: of the nodes, shape (k, ...), summing to 1 over the first axis; None for 1/k each.
+        group: process group over which nodes are distributed, each process holding k of its own with equal weights.
+    """
+
+    nodes: Tensor
+    count: int
+    weights: Tensor | None = None
+    group: dist.ProcessGroup | None = None
+
+    def average(self, values: Tensor) -> Tensor:
+        """Σ weight · value over all nodes; ``values`` has one row per node."""
+        mean = values.mean(dim=0) if self.weights is None else (self.weights * values).sum(dim=0)
+        if self.group is not None:
+            dist.all_reduce(mean, group=self.group)
+            mean /= self.group.size()
+        return mean
+
+    def variance_of_mean(self, values: Tensor) -> Tensor:
+        """Σ_j (x_j - x̄)²/(n(n - 1)), for n ≥ 2."""
+        return self.average((values - self.average(values)).square_()) / (self.count - 1)
+
+
+def two_nodes(mean: Tensor, variance: Tensor, count: int) -> Spread:
+    """mean ± √variance, for the population variance of n microbatches: exact for n = 2."""
+    deviation = variance.clamp(min=0.0).sqrt_()
+    return Spread(torch.stack([mean + deviation, mean - deviation]), count)
+
+
+def skewed_nodes(mean: Tensor, variance: Tensor, third: Tensor, count: int) -> Spread:
+    """Two nodes with the third central moment as well.
+
+    In units of σ = √M_2, with skewness γ: deviations x = γ/2 ± √(1 + γ²/4), of weight 1/(1 + x²); their product is -1.
+    """
+    deviation = variance.clamp(min=0.0).sqrt_()
+    # No n numbers are more skewed, but rounding errors of nearly equal ones may look so.
+    bound = (count - 2) / math.sqrt(count - 1)
+    half = (third / (2.0 * deviation**3).clamp(min=TINY)).clamp(-bound / 2, bound / 2)
+    far = half + (1.0 + half * half).sqrt_().copysign(half)
+    weight = (1.0 + far * far).reciprocal_()
+    nodes = torch.stack([mean + deviation * far, mean - deviation / far])
+    return Spread(nodes, count, torch.stack([weight, 1.0 - weight]))
