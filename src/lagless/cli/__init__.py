@@ -16,7 +16,9 @@ from lagless._version import __version__
 from lagless.cli import _theory
 from lagless.cli._checkpoints import average, inspect_command
 from lagless.cli._console import err, out
+from lagless.cli._evaluate import evaluate, tune_command
 from lagless.cli._report import report
+from lagless.cli._train import recipes, sweep, train
 from lagless.posthoc import CheckpointError
 
 app = typer.Typer(
@@ -29,6 +31,11 @@ app = typer.Typer(
 app.command("average")(average)
 app.command("inspect")(inspect_command)
 app.command("report")(report)
+app.command("recipes")(recipes)
+app.command("train")(train)
+app.command("sweep")(sweep)
+app.command("evaluate")(evaluate)
+app.command("tune")(tune_command)
 app.add_typer(_theory.app, name="theory")
 
 
