@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,3 +169,11 @@ def test_the_command(tmp_path, monkeypatch):
     save_study(study(), tmp_path / "experiments" / "results" / "toy.json")
     assert runner.invoke(app, ["report", "-o", "out"]).exit_code == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"report.html", "toy.md"}
+
+
+def test_the_documented_study(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "experiments-report.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == re.search(r"# (reproduced .*)", code).group(1)
