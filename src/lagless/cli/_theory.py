@@ -84,6 +84,20 @@ def check(
     print_statements(dimension=dimension, seed=seed, console=out)
 
 
+@app.command("preconditioner-bias")
+def preconditioner_bias(
+    samples: Annotated[int, typer.Option(help="Independent steps of the one-step tables.")] = 300_000,
+    steps: Annotated[int, typer.Option(help="Steps per chain of the long run.")] = 500,
+    chains: Annotated[int, typer.Option(help="Independent chains; standard errors come from them.")] = 500,
+    seed: Annotated[int, typer.Option(help="Of the gradients.")] = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="JSON to write.")] = None,
+) -> None:
+    """Measure how far Adam-type updates are off on average, by estimator and by reason, with standard errors."""
+    from lagless.experiments.laboratory import print_biases
+
+    print_biases(samples=samples, steps=steps, chains=chains, seed=seed, output=output, console=out)
+
+
 @app.command()
 def figures(
     output: Output = Path("lagless-laboratory"),

@@ -46,6 +46,9 @@ from lagless.theory._estimators import MaximumLikelihood as MaximumLikelihood
 from lagless.theory._estimators import OUFlatAverage as OUFlatAverage
 from lagless.theory._estimators import PlugInMaximumLikelihood as PlugInMaximumLikelihood
 from lagless.theory._estimators import debiased as debiased
+from lagless.theory._expansions import FirstOrderAdam as FirstOrderAdam
+from lagless.theory._expansions import FullHistoryAdam as FullHistoryAdam
+from lagless.theory._expansions import InvertedAdam as InvertedAdam
 from lagless.theory._gauss_markov import GaussMarkov as GaussMarkov
 from lagless.theory._likelihood import log_likelihood as log_likelihood
 from lagless.theory._matched import SpectrumComparison as SpectrumComparison
@@ -57,6 +60,7 @@ from lagless.theory._preconditioner_bias import PreconditionerBias as Preconditi
 from lagless.theory._preconditioner_bias import one_step_bias as one_step_bias
 from lagless.theory._preconditioner_bias import stationary_bias as stationary_bias
 from lagless.theory._preconditioners import AdamEstimator as AdamEstimator
+from lagless.theory._preconditioners import UpdateEstimator as UpdateEstimator
 from lagless.theory._process import OrnsteinUhlenbeck as OrnsteinUhlenbeck
 from lagless.theory._pull import PullRecursion as PullRecursion
 from lagless.theory._pull import full_pull_improvement as full_pull_improvement

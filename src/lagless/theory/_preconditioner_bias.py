@@ -10,27 +10,31 @@ exactly, because E m̂ = μ. All biases are relative to u*.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, log, sqrt
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from lagless._validation import check_number, require_integer
+from lagless._validation import check_choice, check_number, require_integer
 from lagless.filters import FloatArray
 from lagless.theory._estimate import Estimate, estimate
 from lagless.theory._matrices import check_time
-from lagless.theory._preconditioners import AdamEstimator, EmaWeights, Folds, Moments
+from lagless.theory._preconditioners import EmaWeights, Folds, UpdateEstimator
 
 
 @dataclass(frozen=True)
 class GradientLaw:
-    """Independent normal microbatch gradients of one coordinate, the same at every step.
+    """Independent microbatch gradients of one coordinate, of the same law at every step.
 
     Args:
         mean: μ ≠ 0, the gradient.
         std: > 0, the standard deviation of one microbatch's mean gradient: σ/√b for b samples of deviation σ.
         microbatches: n ≥ 1 per step.
+        halves: what the second half of a step's microbatches is, which ``split`` makes its preconditioner from.
+            "fresh": drawn like the first; "rolling": the next step's first half; "same": the first half again.
+        noise: "normal", or "exponential" for a skewed one of the same variance.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -39,17 +43,34 @@ class GradientLaw:
     mean: float
     std: float
     microbatches: int
+    halves: Literal["fresh", "rolling", "same"] = "fresh"
+    noise: Literal["normal", "exponential"] = "normal"
 
     def __post_init__(self) -> None:
         check_number(self, "mean", finite=True)
         check_number(self, "std", above=0.0, finite=True)
         require_integer("GradientLaw: microbatches", self.microbatches, minimum=1)
+        check_choice(self, "halves", ("fresh", "rolling", "same"))
+        check_choice(self, "noise", ("normal", "exponential"))
+        if self.halves != "fresh" and self.microbatches % 2:
+            raise ValueError(f"GradientLaw: microbatches={self.microbatches}; two halves need an even number.")
         if self.mean == 0.0:
             raise ValueError("GradientLaw: mean=0; biases are relative to it, so it must not be 0.")
 
-    def sample(self, rng: np.random.Generator, size: int) -> FloatArray:
-        """Gradients of ``size`` independent steps, shape (n, size)."""
-        return rng.normal(self.mean, self.std, (self.microbatches, size))
+    def steps(self, rng: np.random.Generator, size: int) -> Iterator[FloatArray]:
+        """Gradients of one step after the other, of ``size`` independent runs, shape (n, size)."""
+        if self.halves == "fresh":
+            while True:
+                yield self._draw(rng, self.microbatches, size)
+        following = self._draw(rng, self.microbatches // 2, size)
+        while True:
+            half, following = following, self._draw(rng, self.microbatches // 2, size)
+            yield np.concatenate([half, half if self.halves == "same" else following])
+
+    def _draw(self, rng: np.random.Generator, count: int, size: int) -> FloatArray:
+        if self.noise == "exponential":
+            return self.mean + self.std * (rng.exponential(1.0, (count, size)) - 1.0)
+        return rng.normal(self.mean, self.std, (count, size))
 
     def second_moment(self, averaged: int) -> float:
         """E of the squared mean of ``averaged`` microbatches: μ² + std²/averaged."""
@@ -79,7 +100,7 @@ class _Target:
     expected: float
 
     @classmethod
-    def of(cls, estimator: AdamEstimator, law: GradientLaw, beta2: float) -> _Target:
+    def of(cls, estimator: UpdateEstimator, law: GradientLaw, beta2: float) -> _Target:
         n = law.microbatches
         stored = law.second_moment(1 if estimator.cross_fit == "split" else n)
         fresh = stored
@@ -93,7 +114,7 @@ class _Target:
 
 
 def one_step_bias(
-    estimator: AdamEstimator, law: GradientLaw, beta2: float, samples: int, seed: int, eps: float = 0.0
+    estimator: UpdateEstimator, law: GradientLaw, beta2: float, samples: int, seed: int, eps: float = 0.0
 ) -> PreconditionerBias:
     """The bias that one step's own noise causes: no momentum, and v before the step at its population value.
 
@@ -113,6 +134,7 @@ def one_step_bias(
     Raises:
         ValueError: if a number is out of range or ``law.microbatches`` does not suit the estimator.
 
+    >>> from lagless.theory import AdamEstimator
     >>> bias = one_step_bias(AdamEstimator(), GradientLaw(0.5, 1.0, 8), beta2=0.95, samples=100_000, seed=0)
     >>> round(bias.total.mean, 3)
     -0.015
@@ -121,17 +143,17 @@ def one_step_bias(
     require_integer("samples", samples, minimum=2)
     target = _Target.of(estimator, law, beta2)
     weights = EmaWeights.at((0.0, beta2))
-    moments = Moments(np.array(law.mean), np.array(target.stored))
+    moments = estimator.start(np.array(law.mean), np.array(target.stored))
     rng = np.random.default_rng(seed)
     parts = []
     for size in _chunks(samples):
-        folds = estimator.folds(law.sample(rng, size), moments, weights, eps)
+        folds = estimator.folds(next(law.steps(rng, size)), moments, weights, eps)
         parts.append(_parts(folds, law.mean, target, eps))
     return _report(np.concatenate(parts, axis=1))
 
 
 def stationary_bias(
-    estimator: AdamEstimator,
+    estimator: UpdateEstimator,
     law: GradientLaw,
     betas: tuple[float, float],
     steps: int,
@@ -169,10 +191,9 @@ def stationary_bias(
     slowest = max(betas)
     burn_in = ceil(log(1e-5) / log(slowest)) if slowest > 0.0 else 0
     rng = np.random.default_rng(seed)
-    moments = Moments(np.full(chains, law.mean), np.full(chains, target.stored))
+    moments = estimator.start(np.full(chains, law.mean), np.full(chains, target.stored))
     mean = np.zeros((2, chains))
-    for step in range(burn_in + steps):
-        gradients = law.sample(rng, chains)
+    for step, gradients in zip(range(burn_in + steps), law.steps(rng, chains), strict=False):
         if step >= burn_in:
             mean += _parts(estimator.folds(gradients, moments, weights, eps), law.mean, target, eps) / steps
         moments = estimator.absorb(gradients, moments, betas)

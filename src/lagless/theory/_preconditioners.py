@@ -6,14 +6,14 @@ The formulas are those that the optimizers step with (:mod:`lagless.updates`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from lagless import updates
 from lagless.filters import FloatArray
-from lagless.updates import EmaWeights
+from lagless.updates import CrossFit, EmaWeights
 
 
 class Moments(NamedTuple):
@@ -42,9 +42,43 @@ class Folds(NamedTuple):
         return (self.numerator * self.inverse).mean(axis=0)
 
 
+class UpdateEstimator(Protocol):
+    """A way to form an update from microbatch gradients; its state before a step is whatever it likes.
+
+    Attributes:
+        cross_fit: which preconditioner it estimates, as for :class:`AdamEstimator`.
+    """
+
+    @property
+    def cross_fit(self) -> CrossFit:
+        """Which preconditioner is estimated."""
+        ...
+
+    def start(self, m: FloatArray, v: FloatArray) -> Any:
+        """The state before the first step."""
+        ...
+
+    def folds(self, gradients: FloatArray, moments: Any, weights: EmaWeights, eps: float = 0.0) -> Folds:
+        """The parts of the update."""
+        ...
+
+    def absorb(self, gradients: FloatArray, moments: Any, betas: tuple[float, float]) -> Any:
+        """The state after this step."""
+        ...
+
+
 @dataclass(frozen=True)
 class AdamEstimator(updates.AdamForm):
-    __doc__ = updates.AdamForm.__doc__
+    __doc__ = f"""{updates.AdamForm.__doc__ or ""}
+    For leave_one_out ``two_nodes`` replaces the microbatches by two nodes of the same mean and variance, as an
+    optimizer does that does not keep them.
+    """
+
+    two_nodes: bool = False
+
+    def start(self, m: FloatArray, v: FloatArray) -> Moments:
+        """The state before the first step."""
+        return Moments(m, v)
 
     def folds(self, gradients: FloatArray, moments: Moments, weights: EmaWeights, eps: float = 0.0) -> Folds:
         """The parts of the update.
@@ -82,7 +116,12 @@ class AdamEstimator(updates.AdamForm):
 
     def _groups(self, gradients: FloatArray) -> list[updates.Group]:
         halves = 2 if self.cross_fit in ("split", "symmetric") else 1
-        return [updates.Group.of(part) for part in torch.from_numpy(gradients).chunk(halves)]
+        groups = [updates.Group.of(part) for part in torch.from_numpy(gradients).chunk(halves)]
+        if self.two_nodes:
+            (g,) = groups
+            spread = updates.two_nodes(g.mean, torch.from_numpy(gradients).var(dim=0, correction=0), len(gradients))
+            groups = [g._replace(gradients=spread)]
+        return groups
 
 
 def _tensors(moments: Moments) -> updates.Moments:
