@@ -32,6 +32,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/product.py
 	$(BIN)/python benchmarks/trainer.py
+	$(BIN)/python benchmarks/pace.py
+	$(BIN)/python benchmarks/bias_correction.py
 
 # Editable install, so only a change of dependencies needs another run of pip.
 $(STAMP): pyproject.toml constraints.txt
