@@ -158,3 +158,23 @@ def test_theory_check_prints_statements_and_slips(monkeypatch, capsys):
 def test_theory_choose_needs_numbers(monkeypatch, capsys):
     assert lagless(monkeypatch, "theory", "choose", "--steps", "100") == 2
     assert "--curvature-min" in capsys.readouterr().err
+
+
+def test_notes_on_averages_that_a_user_may_not_expect(run, monkeypatch, capsys):
+    folder, _ = run
+    assert lagless(monkeypatch, "inspect", folder, "--rule", "bema", "--ema-power", "0.2", "--bias-power", "0.01") == 0
+    assert "noisier than the last checkpoint alone" in capsys.readouterr().out
+    assert lagless(monkeypatch, "inspect", folder, "--rule", "window_average", "--window", "50") == 0
+    assert "these are all 3 there are, fewer than window=50" in capsys.readouterr().out
+    assert lagless(monkeypatch, "inspect", folder, "--rule", "window_average", "--window", "2") == 0
+    assert "fewer than window" not in capsys.readouterr().out
+
+
+def test_a_model_without_configuration_is_pointed_out(run, tmp_path, monkeypatch, capsys):
+    folder, _ = run
+    assert lagless(monkeypatch, "average", folder, "-o", tmp_path / "with") == 0
+    assert "config.json" not in capsys.readouterr().out
+    for config in folder.glob("*/config.json"):
+        config.unlink()
+    assert lagless(monkeypatch, "average", folder, "-o", tmp_path / "without") == 0
+    assert "have no config.json, which from_pretrained needs" in capsys.readouterr().out

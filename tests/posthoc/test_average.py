@@ -140,7 +140,7 @@ def test_an_error_in_the_middle_leaves_nothing(make_run: Make, tmp_path: Path) -
 def test_names_that_are_no_folders(make_run: Make, tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="cannot be the name of a folder"):
         average_checkpoints(make_run([make_state(0)] * 2), {name: EMA()}, tmp_path / "out")
-    with pytest.raises(ValueError, match="the mapping is empty"):
+    with pytest.raises(ValueError, match="rules is empty"):
         average_checkpoints(make_run([make_state(0)] * 2), {}, tmp_path / "out")
 
 

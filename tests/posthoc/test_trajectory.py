@@ -84,6 +84,16 @@ def test_a_list_takes_steps_from_names_or_from_steps(make_run: Make) -> None:
     assert given.steps == (1, 2, 5) and [c.path for c in given.checkpoints] == paths
 
 
+def test_a_list_of_sharded_folders_takes_steps_from_their_checkpoints(make_run: Make) -> None:
+    """The number in pytorch_model_fsdp_0 counts the models of a checkpoint."""
+    paths = []
+    for checkpoint in sorted(make_run([make_state(i) for i in range(2)]).iterdir()):
+        paths.append(checkpoint / "pytorch_model_fsdp_0")
+        paths[-1].mkdir()
+        (checkpoint / "model.safetensors").rename(paths[-1] / "model.safetensors")
+    assert find_checkpoints(paths).steps == (10, 20)
+
+
 def test_steps_select_from_a_run_folder(make_run: Make) -> None:
     run = make_run([make_state(i) for i in range(3)])
     (run / "checkpoint-20" / "model.safetensors").write_bytes(b"damaged")

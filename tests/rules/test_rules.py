@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import lagless
 from lagless import BEMA, DEMA, EMA, OUEMA, PowerEMA, UniformAverage, WindowAverage, mean_age, trajectory_weights
-from lagless.rules import rule_from_dict, rule_to_dict
+from lagless.rules import named_rules, rule_from_dict, rule_to_dict
 from lagless.schedules import PowerClock, Tick
 from lagless.testing import RULE_CHECKS
 
@@ -226,3 +226,25 @@ def test_json_of_something_else():
         rule_from_dict({"rule": "SWA"})
     with pytest.raises(ValueError, match="EMA has no argument alpha"):
         rule_from_dict({"rule": "EMA", "alpha": 1})
+
+
+@pytest.mark.parametrize(
+    "given", [[EMA()], (EMA(),), EMA, "bema", {1: EMA()}, {"ema": "ema"}, {"ema": EMA}, None], ids=repr
+)
+def test_what_is_no_rule_nor_rules_by_name(given):
+    with pytest.raises(TypeError, match="give one rule, e.g. BEMA"):
+        named_rules(given)
+
+
+def test_rules_by_name():
+    assert named_rules(EMA(decay=0.9)) == {"ema": EMA(decay=0.9)}
+    assert named_rules({"a": BEMA()}) == {"a": BEMA()}
+    with pytest.raises(ValueError, match="rules is empty"):
+        named_rules({})
+
+
+@pytest.mark.parametrize("rule", [EMA, BEMA, OUEMA, DEMA, UniformAverage, PowerEMA, WindowAverage])
+def test_hyperparameters_are_given_by_name(rule):
+    """EMA(0.999) would be a power of 0.999, not a decay."""
+    with pytest.raises(TypeError, match="positional"):
+        rule(0.999)

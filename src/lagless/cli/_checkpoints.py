@@ -145,6 +145,15 @@ def average(
     verb = "would be written" if dry_run else "written"
     for summary in summaries:
         out.print(f"{verb} to {summary.path} ({decimal(summary.nbytes)})", highlight=False, markup=False)
+    written = summaries[0].path
+    if (
+        not dry_run
+        and written
+        and not any((written / name).is_file() for name in ("config.json", "adapter_config.json"))
+    ):
+        out.print(
+            "note: the checkpoints have no config.json, which from_pretrained needs; put the base model's beside it"
+        )
 
 
 @_rule_options
@@ -241,6 +250,13 @@ def _notes(s: AverageSummary) -> Iterator[str]:
         )
     if isinstance(s.rule, WindowAverage):
         yield f"θ_0 (step {s.steps[0]}) is not one of the snapshots averaged"
+        if len(s.steps) - 1 < s.rule.window:
+            yield f"these are all {len(s.steps) - 1} there are, fewer than window={s.rule.window}"
+    if s.effective_iterates < 1.0:
+        yield (
+            "noisier than the last checkpoint alone: the correction outweighs what averaging gains; a larger "
+            "bias_power corrects less, and a larger ema_power averages more"
+        )
     if s.weight_on_start > 0.2:
         yield (
             f"{s.weight_on_start:.0%} of the weight stays on θ_0, and the average trails by {s.mean_age:,.0f} of "

@@ -20,7 +20,7 @@ from lagless.posthoc.ranks import Ranks
 from lagless.posthoc.safetensors_format import NAMES
 from lagless.posthoc.trajectory import StrPath, Trajectory, find_checkpoints
 from lagless.posthoc.writer import ModelWriter
-from lagless.rules import Rule, rule_to_dict
+from lagless.rules import Rule, named_rules, rule_to_dict
 
 
 @dataclass(frozen=True)
@@ -208,15 +208,14 @@ def inspect_run(
 def _named(rules: Rule | Mapping[str, Rule]) -> dict[str, Rule]:
     if isinstance(rules, Rule):
         return {"": rules}
-    if not rules:
-        raise ValueError("rules: the mapping is empty; give at least one rule.")
-    for name in rules:
+    named = named_rules(rules)
+    for name in named:
         if not name or name.startswith(".") or os.sep in name or "/" in name or name == RECORD:
             raise ValueError(
                 f"rules: {name!r} cannot be the name of a folder. Choose a name without '/' that does not begin with "
                 "a dot."
             )
-    return dict(rules)
+    return named
 
 
 def _summarize(name: str, rule: Rule, trajectory: Trajectory) -> AverageSummary:

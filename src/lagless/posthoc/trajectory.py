@@ -15,6 +15,7 @@ from lagless.posthoc.safetensors_format import TensorInfo
 StrPath = str | os.PathLike[str]
 
 _STEP_NAME = re.compile(r"(?:^|[-_.=])(checkpoint|ckpt|global_?step|step|iteration|iter)[-_=]?(\d+)$", re.IGNORECASE)
+_FSDP_MODEL = "pytorch_model_fsdp_"  # a folder in a checkpoint of Accelerate
 _TEMPORARY = re.compile(r"^\.|^~|^_?te?mp[-_.]|[-_.](te?mp|partial|incomplete)$", re.IGNORECASE)
 _OTHER_RUN = "They are not checkpoints of one run: leave one out, or convert it."
 _LOOKED_FOR = (
@@ -172,8 +173,11 @@ def _with_steps(paths: list[Path], steps: Sequence[int] | None) -> list[tuple[in
 
 
 def _step_of(path: Path) -> int:
+    path = path.absolute()
+    if path.name.startswith(_FSDP_MODEL):  # its number counts the models of a checkpoint
+        path = path.parent
     own = path.name.removesuffix(path.suffix) if path.suffix in SUFFIXES else path.name
-    for name in (own, path.absolute().parent.name) if path.suffix in SUFFIXES else (own,):
+    for name in (own, path.parent.name) if path.suffix in SUFFIXES else (own,):
         if numbers := re.findall(r"\d+", name):
             return int(numbers[-1])
     raise CheckpointError(f"{path}: no step number in its name. Give the steps of the checkpoints with steps.")
@@ -184,8 +188,8 @@ def _in_order(named: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
     for (before, one), (step, other) in zip(named, named[1:], strict=False):
         if step == before:
             raise CheckpointError(
-                f"{one} and {other}: both are step {step}. Give the checkpoints as a list with their steps, or move "
-                "one away."
+                f"{one} and {other}: both are step {step}. Say which steps they are, with steps (--steps), "
+                "or leave one out."
             )
     return named
 

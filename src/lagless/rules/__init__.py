@@ -7,6 +7,7 @@ from lagless.rules._exponential import EMA as EMA
 from lagless.rules._json import RULES as RULES
 from lagless.rules._json import rule_from_dict as rule_from_dict
 from lagless.rules._json import rule_to_dict as rule_to_dict
+from lagless.rules._named import named_rules as named_rules
 from lagless.rules._rule import Average as Average
 from lagless.rules._rule import Read as Read
 from lagless.rules._rule import Rule as Rule

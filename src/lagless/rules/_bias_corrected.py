@@ -12,7 +12,7 @@ from lagless.rules._rule import Average, Read, Rule, Start, Update
 from lagless.schedules import FORMS, Form, Tick, Timing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BEMA(Rule):
     """Bias-corrected exponential moving average: the EMA plus a decaying multiple of the distance travelled.
 
@@ -95,7 +95,7 @@ class BEMA(Rule):
         return Read((-alpha, 1.0), alpha)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OUEMA(Rule):
     """EMA of iterates from which the Ornstein-Uhlenbeck memory of θ_0 has been divided out.
 

@@ -13,7 +13,7 @@ from lagless.rules._rule import Average, Read, Rule, Update, lerp
 from lagless.schedules import ConstantGain, Gain, HalfLifeGain, ProfileGain, Tick
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EMA(Rule):
     """Exponential moving average of the iterates.
 
@@ -105,7 +105,7 @@ class EMA(Rule):
         return Read((1.0,), 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DEMA(Rule):
     """Double exponential moving average: twice the EMA minus the EMA of the EMA.
 

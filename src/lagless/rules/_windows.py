@@ -13,7 +13,7 @@ from lagless.rules._rule import Average, Read, Rule, Snapshot, Update, lerp
 from lagless.schedules import Gain, ProfileGain, Tick, UniformGain
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UniformAverage(Rule):
     """The plain mean of θ_0 and of the iterates at every update since (Polyak-Ruppert; SWA with its start included).
 
@@ -46,7 +46,7 @@ class UniformAverage(Rule):
         return Read((1.0,), 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PowerEMA(Rule):
     """Average whose weights grow as a power of time: a window that is a fixed fraction of the run, however long it
     gets.
@@ -101,7 +101,7 @@ class PowerEMA(Rule):
         return Read((1.0,), 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WindowAverage(Rule):
     """The plain mean of the last ``window`` snapshots (LAWA); of all of them while there are fewer. θ_0 is not one of
     them.

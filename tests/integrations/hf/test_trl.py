@@ -149,7 +149,7 @@ def test_trl_second_train(hf, tmp_path):
     run(AveragingCallback(RULE))
 
 
-@pytest.mark.parametrize("theirs, ours", [({}, BEMA()), ({"update_freq": 5, "update_after": 6}, BEMA(5, 6))])
+@pytest.mark.parametrize("theirs, ours", [({}, BEMA()), ({"update_freq": 5, "update_after": 6}, BEMA(update_freq=5, update_after=6))])
 def test_trl_saves_the_untouched_model_of_a_short_run(hf, tmp_path, theirs, ours):
     """BEMACallback saves its copy of the initial model when no update came, and says that it saved BEMA."""
     trainer = hf.trainer(tmp_path / "theirs", [trl.BEMACallback(**theirs)])
