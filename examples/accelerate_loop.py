@@ -1,7 +1,7 @@
 """Averages under Accelerate: gradient accumulation, checkpoints, exact resume.
 
     python examples/accelerate_loop.py --steps 200
-    accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py
 
 A tiny Llama learns sequences of a random Markov chain. Halfway, ``save_state`` writes a checkpoint; at the end the run
 goes back to it and trains its second half again, which changes no bit.
@@ -68,8 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     # The averages go along with every checkpoint, as safetensors. (Accelerate would load what is passed to
     # register_for_checkpointing as an unrestricted pickle.)
     def save(models: list, weights: list, folder: str) -> None:
-        if accelerator.is_main_process:
-            avg.save(Path(folder, "averages.safetensors"))
+        avg.save(Path(folder, "averages.safetensors"))  # on every process: under FSDP2 each has a part
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(lambda models, folder: avg.load(Path(folder, "averages.safetensors")))

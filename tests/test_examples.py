@@ -1,10 +1,7 @@
 """Examples and the blocks of the documentation run as they stand."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,16 +43,6 @@ def test_example(name, capsys, monkeypatch, tmp_path):
     for text in EXPECTED[name]:
         assert text in printed, printed
     assert not list(tmp_path.iterdir()), "an example leaves nothing behind"
-
-
-def test_accelerate_example_on_two_processes(tmp_path):
-    launch = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*launch, EXAMPLES["accelerate_loop"], "--steps", "6"],
-        cwd=tmp_path, env=environment, timeout=120, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.stdout.count("resumed from step 3: bema bitwise the same: True") == 1
 
 
 def blocks(page):

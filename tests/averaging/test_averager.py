@@ -173,8 +173,8 @@ def test_refusals_while_applied():
     net = model()
     averager = Averager(net, {"ema": EMA(), "bema": BEMA(update_freq=1)})
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    averager.attach(optimizer)
     averager.update()
+    averager.attach(optimizer)
     state = averager.state_dict()
     with averager.applied("ema"):
         with pytest.raises(RuntimeError, match="cannot apply 'bema' while the average 'ema' is in the model"):
@@ -216,13 +216,18 @@ def test_run_shorter_than_the_first_update_is_refused_at_once():
         (lambda: Averager(nn.Linear(2, 2).requires_grad_(False), EMA()), ValueError, "nothing to average"),
         (lambda: Averager({"w": torch.zeros(2)}, {}), ValueError, "rules is empty"),
         (lambda: Averager({"w": torch.zeros(2)}, {"a/b": EMA()}), ValueError, "'a/b' cannot name an average"),
-        (lambda: Averager({"w": torch.zeros(2)}, {"a": 0.9}), TypeError, "a=0.9 is not an averaging rule"),
+        (lambda: Averager({"w": torch.zeros(2)}, {"a": 0.9}), TypeError, "'a' is 0.9; give one rule"),
         (lambda: Averager({"w": torch.zeros(2)}, EMA(), dtype=torch.float16), ValueError, "dtype=torch.float16"),
         (lambda: Averager({"w": torch.zeros(2)}, EMA(), step=-1), ValueError, "step=-1; it must be an integer >= 0"),
         (
             lambda: Averager({"w": torch.zeros(2, device="meta")}, EMA()),
             ValueError,
-            "w is torch.float32, torch.strided, on device meta",
+            "w is torch.float32, torch.strided, on device meta.*Load it whole .* or freeze it",
+        ),
+        (
+            lambda: Averager({"w": torch.zeros(2, dtype=torch.complex64)}, EMA()),
+            ValueError,
+            "w is torch.complex64.*dense real tensors",
         ),
         (lambda: Averager([("w", torch.zeros(2)), ("w", torch.ones(2))], EMA()), ValueError, "two tensors are named"),
         (lambda: Averager([torch.zeros(2)], EMA()), TypeError, "is not a named tensor; pass a module"),
@@ -457,6 +462,18 @@ def test_wrapped_modules_have_plain_names():
     assert set(Averager(inner, EMA())._live.names) == {"0.weight", "0.bias"}
 
 
+def test_what_is_not_averaged_may_lie_anywhere():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta").requires_grad_(False))
+    averager = Averager(net, EMA(decay=0.5))  # as with adapters on a model that device_map has offloaded
+    before = net[0].weight.detach().clone()
+    walk(net[0].parameters(), 1)
+    averager.update()
+    assert averager.read().keys() == {"0.weight", "0.bias"}
+    expected = (before + net[0].weight) / 2
+    with averager.applied():
+        torch.testing.assert_close(net[0].weight, expected)
+
+
 def test_frozen_parameters_given_by_name_are_left_out():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     net[0].requires_grad_(False)
@@ -534,3 +551,29 @@ def test_joining_late_counts_the_steps_left():
         Averager({"w": torch.zeros(2)}, BEMA(), step=900, total_steps=1000)
     with pytest.raises(ValueError, match="total_steps='100'; it must be an integer"):
         Averager({"w": torch.zeros(2)}, EMA(), total_steps="100")
+
+
+def test_steps_that_an_attached_optimizer_counts_are_not_counted_by_hand_too():
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = Averager(model, EMA(decay=0.5))
+    attachment = averager.attach(optimizer)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="counts by itself: leave update\\(\\) out"):
+        averager.update()
+    assert averager.step == 1
+    attachment.remove()
+    averager.update()
+    assert averager.step == 2
+
+
+def test_an_average_of_no_step_at_all_says_what_was_forgotten():
+    with pytest.raises(RuntimeError, match="in 0 steps .* Call attach"):
+        Averager(torch.nn.Linear(2, 1), EMA(decay=0.5)).read()
+
+
+@pytest.mark.parametrize("rules", [[EMA()], EMA, "ema"], ids=repr)
+def test_what_is_no_rule_is_refused_in_words(rules):
+    with pytest.raises(TypeError, match="give one rule, e.g. BEMA"):
+        Averager(torch.nn.Linear(2, 1), rules)

@@ -471,6 +471,6 @@ def test_pieces_cover_a_tensor_of_any_layout_in_order(shape, order, size, gaps):
     order.shuffle(axes)
     tensor = torch.arange(torch.Size(shape).numel() * 2).view(*shape, 2)
     tensor = (tensor[..., 0] if gaps else tensor[..., 0].contiguous()).permute(axes)
-    pieces = _bank._pieces(tensor, size, tensor.is_contiguous())
+    pieces = _bank.pieces(tensor, size, tensor.is_contiguous())
     assert torch.equal(torch.cat([piece.reshape(-1) for piece in pieces]), tensor.reshape(-1))
     assert max(piece.numel() for piece in pieces) <= size

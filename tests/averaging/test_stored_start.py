@@ -75,6 +75,22 @@ def test_tied_weights_are_found_under_any_of_their_names(base):
     assert averages["a"] is averages["other"]
 
 
+def test_the_base_may_be_an_attribute_of_the_module(base):
+    path, weights = base
+    module = torch.nn.Module()
+    module.model = torch.nn.Module()
+    module.model.other = module.model.a = torch.nn.Parameter(weights["a"])  # tied
+    module.model.b = torch.nn.Parameter(weights["b"])
+    stored, held = (Averager(module, BEMA(update_freq=1), **options) for options in ({"start": path}, {}))
+    for averager in (stored, held):
+        averager.update()
+    assert all(torch.equal(average, held.read()[name]) for name, average in stored.read().items())
+    assert stored.read().keys() == {"model.a", "model.b", "model.other"}
+    module.head = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"has no tensor 'head', with or without its first levels; it holds a, b\."):
+        Averager(module, BEMA(), start=path)
+
+
 def test_a_changed_base_is_noticed(base):
     path, weights = base
     averager = Averager(weights, BEMA(update_freq=1), start=path)

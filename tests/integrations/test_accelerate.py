@@ -1,4 +1,9 @@
-"""The Averager under Accelerate: what counts as a step, names, checkpoints."""
+"""The Averager under Accelerate: what counts as a step, names, checkpoints, many processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,3 +91,15 @@ def test_the_state_is_one_that_accelerate_accepts(tmp_path):
     assert avg.step == 4 and all(torch.equal(avg.read()[name], saved[name]) for name in saved)
     # What Accelerate wrote can be read without trusting it, although Accelerate itself does trust it.
     assert torch.load(tmp_path / "custom_checkpoint_0.pkl", weights_only=True)["meta"]["step"] == 4
+
+
+@pytest.mark.parametrize("script", [[], [Path(__file__).with_name("accelerate_fsdp_run.py")]], ids=["DDP", "FSDP2"])
+def test_the_example_saves_and_resumes_on_two_processes(tmp_path, script):
+    example = Path(__file__).parents[2] / "examples" / "accelerate_loop.py"
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*launch, *script, example, "--steps", "6"],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.stdout.count("resumed from step 3: bema bitwise the same: True") == 1, run.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,10 +1,13 @@
 """Averages in Lightning: neutral, validated, checkpointed, resumed, exported; and what is refused."""
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -21,7 +24,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lagless import BEMA, EMA
+from lagless.averaging import _bank, _offload
 from lagless.integrations.lightning import AveragingCallback, load_average
+from lagless.posthoc import CheckpointError
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
@@ -93,6 +98,13 @@ class Language(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Last(Callback):
+    ended = False
+
+    def on_train_end(self, trainer, module):
+        self.ended = True
 
 
 class Snapshots(Callback):
@@ -197,14 +209,14 @@ def test_several_loaders_and_chosen_averages(tmp_path):
         def validation_step(self, batch, index, dataloader_idx=0):
             super().validation_step(batch, index)
 
-    callback = AveragingCallback(RULES, evaluate=["ema"])
+    callback = AveragingCallback(RULES, evaluate="ema")
     validation = [loader(), loader()]
     run, _ = fit(tmp_path, callback, module=Two(), validation=validation, max_steps=4, val_check_interval=2)
     metrics = run.callback_metrics
     assert {"ema_val_loss_epoch/dataloader_idx_0", "ema_val_loss_epoch/dataloader_idx_1"} < metrics.keys()
     assert not [name for name in metrics if name.startswith("bema")]
-    with pytest.raises(ValueError, match="evaluate names sma; the averages are bema, ema"):
-        fit(tmp_path, AveragingCallback(RULES, evaluate=["sma"]), max_steps=4)
+    with pytest.raises(ValueError, match=r"evaluate=\['sma'\] are no averages; there are bema, ema"):
+        fit(tmp_path, AveragingCallback(RULES, evaluate="sma"), max_steps=4)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
@@ -259,14 +271,45 @@ def test_early_stopping_follows_an_average_wherever_it_stands(tmp_path):
     assert torch.isfinite(stopping.best_score)
 
 
-def test_a_learning_rate_schedule_follows_an_average(tmp_path):
-    class Scheduled(Language):
-        def configure_optimizers(self):
-            optimizer = super().configure_optimizers()
-            self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule, "monitor": "ema_val_loss"}}
+class Scheduled(Language):
+    """The schedule follows ``monitor``."""
 
-    run, module = fit(tmp_path, AveragingCallback(EMA(decay=0.5)), module=Scheduled())
+    def __init__(self, monitor):
+        super().__init__()
+        self.monitor = monitor
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule, "monitor": self.monitor}}
+
+
+@pytest.mark.parametrize("watcher", [EarlyStopping, ModelCheckpoint, Scheduled])
+def test_what_is_monitored_before_the_first_update_is_refused(tmp_path, watcher):
+    def run(update_after):
+        rules = {"slow": EMA(decay=0.8, update_after=update_after), "slow_val": EMA(decay=0.8)}
+        module, callbacks = Language(), [AveragingCallback(rules)]
+        if watcher is Scheduled:
+            module = Scheduled(monitor="slow_val_loss")
+        else:
+            callbacks.append(watcher(monitor="slow_val_loss"))
+        fit(tmp_path, *callbacks, module=module, max_epochs=2)
+
+    message = r"slow_val_loss is monitored, and validated at step 10, .* update of 'slow' \(EMA.*val_check_interval"
+    with pytest.raises(ValueError, match=message):
+        run(update_after=12)
+    run(update_after=4)
+
+
+@pytest.mark.filterwarnings("ignore:.*has had no update yet", "ignore:Early stopping conditioned on metric")
+@pytest.mark.parametrize("monitor, strict", [("slow_val_loss", False), ("val_loss", True), ("slow_val_val_loss", True)])
+def test_what_can_do_without_the_average_or_is_of_others_is_not_refused(tmp_path, monitor, strict):
+    rules = {"slow": EMA(decay=0.8, update_after=12), "slow_val": EMA(decay=0.8)}
+    fit(tmp_path, AveragingCallback(rules), EarlyStopping(monitor, strict=strict), max_epochs=2)
+
+
+def test_a_learning_rate_schedule_follows_an_average(tmp_path):
+    run, module = fit(tmp_path, AveragingCallback(EMA(decay=0.5)), module=Scheduled(monitor="ema_val_loss"))
     assert module.schedule.best == float(run.callback_metrics["ema_val_loss"])
 
 
@@ -313,14 +356,12 @@ def test_resuming_without_the_averages_is_refused(tmp_path):
     saved = last_of(folder)
     fit(tmp_path, saved, max_epochs=1)
     path = saved.last_model_path
-    with pytest.raises(
-        RuntimeError, match=r"at step 10, and .*last.ckpt holds no averages.*on_missing_state='restart'"
-    ):
+    with pytest.raises(ValueError, match=r"last.ckpt holds no averages at step 10: .*on_missing_state='restart'"):
         fit(tmp_path, last_of(folder), AveragingCallback(RULES), ckpt_path=path)
     restarted = AveragingCallback(RULES, on_missing_state="restart")
     run, _ = fit(tmp_path, last_of(folder), restarted, ckpt_path=path)
     assert (restarted.averager.step, restarted.averager.updates("ema")) == (run.global_step, 10) == (20, 10)
-    with pytest.raises(ValueError, match="on_missing_state='ignore'; it is 'refuse' or 'restart'"):
+    with pytest.raises(ValueError, match="on_missing_state='ignore'; it must be 'refuse' or 'restart'"):
         AveragingCallback(RULES, on_missing_state="ignore")
 
 
@@ -329,7 +370,7 @@ def test_resuming_with_other_rules_or_parameters_is_refused(tmp_path):
     saved = last_of(folder)
     fit(tmp_path, saved, AveragingCallback(EMA(decay=0.8)), max_epochs=1)
     path = saved.last_model_path
-    with pytest.raises(ValueError, match="was made with rules"):
+    with pytest.raises(ValueError, match="last.ckpt: .* was made with rules"):
         fit(tmp_path, last_of(folder), AveragingCallback(EMA(decay=0.9)), ckpt_path=path)
 
     class Frozen(Language):
@@ -355,8 +396,38 @@ def test_the_same_callback_goes_on_in_a_second_fit_and_starts_anew_in_another_ru
     assert callback.averager.step == run.global_step == 10
     assert module.validations == 3  # sanity check, live, average
     run.fit_loop.max_epochs = 2
-    with pytest.raises(RuntimeError, match="the earlier fit holds no averages"):
+    with pytest.raises(ValueError, match="the earlier fit holds no averages"):
         run.fit(Language(), loader(), loader())  # a module that the averages are not of
+
+
+def test_the_base_on_disk_is_the_start(tmp_path):
+    module = Language()
+    module.model.save_pretrained(tmp_path / "base")
+    saved, settings = last_of(tmp_path), {"start": tmp_path / "base"}
+    callback = AveragingCallback(BEMA(update_freq=2), **settings)
+    fit(tmp_path, callback, saved, module=module, max_epochs=1)
+    expected = callback.averager.read()
+    loaded = load_average(saved.last_model_path, **settings)
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+
+@dataclasses.dataclass
+class Settings:
+    width: int = 4
+
+
+def test_settings_in_a_checkpoint_are_not_unpickled_unasked(tmp_path):
+    class Configured(Language):
+        def __init__(self, settings):
+            super().__init__()
+            self.save_hyperparameters()
+
+    callback, saved = AveragingCallback(EMA(decay=0.8)), last_of(tmp_path)
+    fit(tmp_path, callback, saved, module=Configured(Settings()), max_epochs=1)
+    with pytest.raises(ValueError, match=r"objects of .*Settings, .*hyperparameters.*add_safe_globals\(\[Settings\]\)"):
+        load_average(saved.last_model_path)
+    with torch.serialization.safe_globals([Settings]):
+        assert load_average(saved.last_model_path)
 
 
 def test_validating_a_checkpoint_does_not_resume_the_next_fit(tmp_path):
@@ -473,9 +544,62 @@ def test_a_run_that_stops_before_the_first_update_exports_no_untrained_average(t
     rules = {"late": EMA(decay=0.8, update_after=3), "early": EMA(decay=0.8)}
     callback = AveragingCallback(rules, export=tmp_path / "out")
     late = pytest.warns(UserWarning, match=r"'late' \(EMA.* has had no update yet, so this validation has no late_")
-    with late, pytest.raises(RuntimeError, match=r"after 3 optimizer steps, before the first update of late \(EMA\("):
-        fit(tmp_path, callback, Stop(), max_epochs=1)
+    fit(tmp_path, AveragingCallback(rules, export=tmp_path / "out"), max_epochs=1)  # an earlier run
+    assert len(list((tmp_path / "out").iterdir())) == 4
+    last = Last()
+    with late, pytest.raises(RuntimeError, match="stopped at step 3, before the first update of late, so there is no"):
+        fit(tmp_path, callback, Stop(), last, max_epochs=1)
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["early", "early.ckpt"]
+    record = json.loads((tmp_path / "out" / "early" / "lagless.json").read_text())
+    assert (record["rule"]["decay"], record["step"], record["updates"]) == (0.8, 3, 3)
+    assert last.ended  # the error silences nobody
+
+
+@pytest.mark.parametrize("stranger", ["ema/thesis.txt", "ema.ckpt"])
+def test_exports_replace_exports_only(tmp_path, stranger):
+    class Write(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            file.write_text("years of work")
+
+    file, callback = tmp_path / "out" / stranger, AveragingCallback(EMA(decay=0.8), export=tmp_path / "out")
+    file.parent.mkdir(parents=True)
+    snapshots = Snapshots()
+    for trained in (2, 0):  # the first time the file comes during training, the second time it is there before
+        with pytest.raises(CheckpointError, match="lagless did not write"):
+            fit(tmp_path, callback, Write(), snapshots, max_steps=2)
+        assert file.read_text() == "years of work" and len(snapshots.weights) == trained
+        snapshots.weights.clear()
+    file.unlink()
+    for steps in (2, 3):
+        fit(tmp_path, callback, max_steps=steps)
+        assert json.loads((tmp_path / "out" / "ema" / "lagless.json").read_text())["step"] == steps
+
+
+class Late(_offload.CopyStream):
+    """Copies that take their time."""
+
+    def copy(self, pieces, copies):
+        time.sleep(0.1)
+        return super().copy(pieces, copies)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_averages_on_the_host_are_complete_when_fit_returns(tmp_path, monkeypatch, interrupted):
+    monkeypatch.setattr(_offload, "CopyStream", Late)
+    monkeypatch.setattr(_bank, "can_overlap", lambda device: True)
+
+    class Interrupt(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if interrupted and trainer.global_step == 2:
+                raise ArithmeticError
+
+    callback = AveragingCallback(EMA(decay=0.8), device="cpu", export=False)
+    with pytest.raises(ArithmeticError) if interrupted else nullcontext():
+        _, module = fit(tmp_path, callback, Interrupt(), max_steps=3, limit_val_batches=0)
+    with torch.no_grad():
+        for parameter in callback.averager._live.tensors():
+            parameter.zero_()  # as loading other weights does
+    assert callback.averager.read()  # else refused, being mixed
 
 
 def test_fast_dev_run_is_no_reason_to_refuse(tmp_path):
@@ -519,7 +643,8 @@ def test_each_of_several_pretrained_models_has_its_folder(tmp_path):
             self.other, self.reference = llama(), llama().requires_grad_(False)
 
     fit(tmp_path, AveragingCallback(EMA(decay=0.8), export=tmp_path / "out"), module=Pair(), max_steps=2)
-    assert [path.name for path in sorted((tmp_path / "out" / "ema").iterdir())] == ["model", "other"]
+    found = [path.name for path in sorted((tmp_path / "out" / "ema").iterdir())]
+    assert found == ["lagless.json", "model", "other"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "ema" / "other")
 
 

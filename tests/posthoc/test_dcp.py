@@ -42,15 +42,40 @@ def test_reads_what_was_saved(tmp_path: Path, dtype: torch.dtype) -> None:
     assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
 
 
-@pytest.mark.parametrize("key", ["model", "state_dict"])
-def test_weights_are_told_from_other_states(tmp_path: Path, key: str) -> None:
-    weights = {"model.embed.weight": torch.ones(3), "lm_head.weight": torch.zeros(2)}
-    other = {"optimizer": {"state": {"model.embed.weight": {"exp_avg": torch.ones(3)}}}, "step": 4}
-    for state in ({key: weights, **other}, {**weights, **other}):
-        checkpoint = open_checkpoint(save(state, tmp_path / str(len(state))))
-        assert checkpoint.tensors.keys() == weights.keys()
-    with pytest.raises(CheckpointError, match="holds no weights, only other states"):
-        open_checkpoint(save(other, tmp_path / "other"))
+WEIGHTS = {"model.embed.weight": torch.ones(3), "lm_head.weight": torch.zeros(2)}
+OTHER = {"optimizer": {"state": {"model.embed.weight": {"exp_avg": torch.ones(3)}}}, "step": 4}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"model": WEIGHTS, **OTHER},
+        {"state_dict": WEIGHTS, **OTHER},
+        {**WEIGHTS, **OTHER},
+        {"app": {"model": WEIGHTS, "optim": OTHER}},
+        {"state_dict": {"model": WEIGHTS, **OTHER}},
+        {"model": WEIGHTS, "optimizer": {"model": {"lm_head.weight": torch.ones(2)}}},
+        {**WEIGHTS, "rng_state": torch.ones(5, dtype=torch.uint8), "scaler": torch.ones(())},
+    ],
+)
+def test_weights_are_told_from_other_states(tmp_path: Path, state: dict[str, Any]) -> None:
+    checkpoint = open_checkpoint(save(state, tmp_path / "a"))
+    assert checkpoint.tensors.keys() == WEIGHTS.keys()
+    assert torch.equal(checkpoint.read_tensor("lm_head.weight"), WEIGHTS["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (OTHER, "holds no weights, only other states: optimizer, step. Looked at the top level and, at any depth"),
+        ({"app": {"policy": WEIGHTS}, "rng_state": torch.ones(5)}, "no weights, only other states: app, rng_state"),
+        ({"app": {"model": WEIGHTS}, "ema": {"model": WEIGHTS}}, "under 'app.model' and 'ema.model'. Save one"),
+        ({"model": WEIGHTS, "state_dict": WEIGHTS}, "under 'model' and 'state_dict'"),
+    ],
+)
+def test_none_or_several_weights_are_refused(tmp_path: Path, state: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(save(state, tmp_path / "a"))
 
 
 def test_a_run_of_accelerate_is_averaged_like_one_of_safetensors(tmp_path: Path) -> None:

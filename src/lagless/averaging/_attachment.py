@@ -11,6 +11,10 @@ from torch.optim import Optimizer
 class Attachment:
     """The tie between an Averager and an optimizer; ``remove()`` cuts it.
 
+    Attributes:
+        active: until ``remove()``.
+        stepping: while ``after`` is called.
+
     Args:
         optimizer: whose steps are followed; an optimizer of Accelerate's is looked into.
         before: called before every step.
@@ -31,9 +35,13 @@ class Attachment:
             # A fused optimizer is stepped even when the scaler found infinities, and leaves the weights alone.
             found_inf = getattr(inner, "found_inf", None)
             if found_inf is None or not bool(found_inf):
-                after()
+                self.stepping = True
+                try:
+                    after()
+                finally:
+                    self.stepping = False
 
-        self.active = True
+        self.active, self.stepping = True, False
         self._hooks = [inner.register_step_pre_hook(lambda *_: before()), inner.register_step_post_hook(stepped)]
 
     def remove(self) -> None:

@@ -20,7 +20,7 @@ from lagless.averaging._sharding import Sharding, local
 from lagless.averaging._start import StoredStart, check_start
 from lagless.averaging._state import FORMAT, State, load_file, match, save_file
 from lagless.filters import require_updates, tail
-from lagless.rules import Read, Rule, Start, rule_to_dict
+from lagless.rules import Read, Rule, Start, named_rules, rule_to_dict
 from lagless.schedules import Tick
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
@@ -86,8 +86,8 @@ class Averager:
         seed: int = 0,
         compile: bool = False,
     ) -> None:
-        self.rules: dict[str, Rule] = {type(rules).__name__.lower(): rules} if isinstance(rules, Rule) else dict(rules)
-        _check_rules(self.rules)
+        self.rules = named_rules(rules)
+        _check_names(self.rules)
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype}; averages are stored as one of {', '.join(map(str, _DTYPES))}.")
         self.step = step = require_integer("step", step, minimum=0)
@@ -131,9 +131,14 @@ class Averager:
         """Count one optimizer step, and update the rules that are due. Call it after every step of the optimizer.
 
         Raises:
-            RuntimeError: while averaged weights are in the model.
+            RuntimeError: while averaged weights are in the model, or if an attached optimizer calls this already.
         """
         self._refuse_while_applied("update")
+        if self._attachment is not None and self._attachment.active and not self._attachment.stepping:
+            raise RuntimeError(
+                "the Averager is attached to an optimizer, whose steps it counts by itself: leave update() out, or "
+                "remove() the attachment first."
+            )
         live = self._live.tensors()
         if self._stored_start is not None:
             self._stored_start.require_verified()
@@ -188,6 +193,11 @@ class Averager:
         """How many updates the rule ``name`` has had; its average can be read from the first one on."""
         return self._last[self._resolve(name)].number
 
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are sharded, so that all ranks must :meth:`save` together."""
+        return any(sharding.mesh is not None for sharding in self._live.shardings)
+
     @contextmanager
     def applied(self, name: str | None = None) -> Iterator[None]:
         """The model with averaged weights inside the ``with`` block; afterwards, also after an error, the live bits.
@@ -217,6 +227,22 @@ class Averager:
             with torch.no_grad():
                 self._live.restore(backup)
             self._applied = None
+
+    @torch.no_grad()
+    def put(self, name: str | None = None) -> None:
+        """Make the average the model's weights for good, rounded to the parameters' dtype; the live ones are gone.
+
+        Args:
+            name: which average; may be left out if there is only one.
+
+        Raises:
+            RuntimeError: before the first update of that rule, or while averaged weights are in the model.
+        """
+        name = self._resolve(name)
+        self._refuse_while_applied(f"put {name!r} into the model")
+        self.wait()
+        for tensor, value in zip(self._live.tensors(), self._values(name), strict=True):
+            tensor.copy_(value)
 
     @torch.no_grad()
     def read(self, name: str | None = None, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -300,10 +326,13 @@ class Averager:
             self._stored_start.mismatch = None  # the state vouches for θ_0 by its fingerprint
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the state to one safetensors file, atomically.
+        """Write the state to one safetensors file, atomically. It is right to call this on every rank.
 
-        Where parameters are sharded, all ranks call this together: tensor by tensor is gathered, and rank 0 writes. The
+        Where parameters are sharded, all ranks must, together: tensor by tensor is gathered, and rank 0 writes. The
         file does not depend on the sharding. If one rank fails, all raise, and an earlier file stays.
+
+        Elsewhere nobody waits, and every rank that calls writes a whole file of its own: of replicas that share the
+        path (DDP) the last one stays, and all are equal; averages that differ between ranks need a path for each.
         """
         save_file(self.state_dict(), path)
 
@@ -350,8 +379,12 @@ class Averager:
         if last.number == 0:
             raise RuntimeError(
                 f"{name!r} has had no update in {self.step} steps (update_after={rule.update_after}, "
-                f"update_freq={rule.update_freq}), so there is no average yet. Read it later, or choose a smaller "
-                "update_freq; .updates(name) tells."
+                f"update_freq={rule.update_freq}), so there is no average yet. "
+                + (
+                    "Read it later, or choose a smaller update_freq; total_steps=... finds that out before training."
+                    if self.step
+                    else "Call attach(optimizer), or update() after every step."
+                )
             )
         if last.step == self.step:
             return rule.read(last)
@@ -400,11 +433,7 @@ def _merge(rows: dict[int, RowUpdate], new: list[RowUpdate], name: str) -> None:
             )
 
 
-def _check_rules(rules: dict[str, Rule]) -> None:
-    if not rules:
-        raise ValueError("rules is empty; give at least one, e.g. lagless.BEMA().")
-    for name, rule in rules.items():
+def _check_names(rules: dict[str, Rule]) -> None:
+    for name in rules:
         if not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot name an average; use letters, digits, '.', '_' and '-'.")
-        if not isinstance(rule, Rule):
-            raise TypeError(f"{name}={rule!r} is not an averaging rule; give e.g. lagless.BEMA().")

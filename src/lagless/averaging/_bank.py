@@ -9,28 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lagless.averaging import _fused
+from lagless.averaging._buffers import RowUpdate, buffer_dtype, move, pieces
 from lagless.averaging._offload import Offload, can_overlap
-from lagless.averaging._rounding import stochastic_round_
-from lagless.rules import Snapshot, Start
+from lagless.averaging._rounding import Noise
 
 # Elements. On CPUs 4 MiB of float32 stay in a shared cache and are large enough to hide the cost of a call; elsewhere
 # a launch costs more than reading the live weights again.
 _CPU_BLOCK, _BLOCK = 1 << 20, 1 << 26
-
-
-class RowUpdate(NamedTuple):
-    """``b ← keep·b + Σ_j weight_j b_j + live·θ`` for one buffer; ``others`` are pairs (j, weight_j)."""
-
-    buffer: int
-    keep: float
-    others: tuple[tuple[int, float], ...]
-    live: float
 
 
 @dataclass
@@ -82,10 +72,9 @@ class Bank:
         self._offload: Offload | None = None
         self._buffers: list[list[Tensor]] = []
         for label in labels:
-            holds_iterate = isinstance(label, Start | Snapshot)
             self._buffers.append([])
             for tensor in () if label in absent else live:
-                kind = tensor.dtype if holds_iterate else dtype or torch.promote_types(tensor.dtype, torch.float32)
+                kind = buffer_dtype(label, tensor.dtype, dtype)
                 self._buffers[-1].append(torch.empty_like(tensor, dtype=kind, device=device).copy_(tensor))
 
     @property
@@ -101,7 +90,7 @@ class Bank:
         """
         if self._device is None:
             self._follow_devices(live)
-        noise = _Noise(self.seed, step)
+        noise = Noise(self.seed, step)
         if self._device is not None and self._device.type == "cpu" and any(can_overlap(t.device) for t in live):
             self._offload = self._offload or Offload()
             blocks = _cut(live, self._buffers, staged=True, compile=self._compile)
@@ -130,19 +119,6 @@ class Bank:
                     buffer[i] = tensor.to(live[i].device)
 
 
-class _Noise:
-    """One generator per device, seeded by (seed, step): a resumed run draws the same noise, and nothing is stored."""
-
-    def __init__(self, seed: int, step: int) -> None:
-        self._seed = (seed * 0x9E3779B97F4A7C15 + step) % 2**63
-        self._generators: dict[torch.device, torch.Generator] = {}
-
-    def on(self, device: torch.device) -> torch.Generator:
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return self._generators[device]
-
-
 def _cut(
     live: Sequence[Tensor],
     buffers: Sequence[Sequence[Tensor]],
@@ -167,8 +143,8 @@ def _cut(
         whole = compile and flat and tensor.numel() >= _fused.SMALLEST
         size = _CPU_BLOCK if staged or (share and tensor.device.type == "cpu") else _BLOCK
         size = tensor.numel() if whole and not staged else size
-        parts = [None if t is None else _pieces(t, size, flat) for t in own]
-        for n, piece in enumerate(_pieces(tensor, size, flat)):
+        parts = [None if t is None else pieces(t, size, flat) for t in own]
+        for n, piece in enumerate(pieces(tensor, size, flat)):
             if whole or room < piece.numel() or kind != _kind(tensor, own):
                 if block.live:
                     yield block
@@ -186,26 +162,15 @@ def _kind(tensor: Tensor, own: Sequence[Tensor | None]) -> tuple[object, ...]:
     return tuple(None if t is None else (t.device, t.dtype) for t in (tensor, *own))
 
 
-def _pieces(tensor: Tensor, size: int, flat: bool) -> tuple[Tensor, ...]:
-    """``tensor`` in order, in pieces of at most ``size`` elements."""
-    if flat and 0 < size <= tensor.numel():
-        return tensor.view(-1).split(size)
-    if tensor.numel() <= size:
-        return (tensor,)
-    if rows := size * len(tensor) // tensor.numel():
-        return tensor.split(rows)
-    return tuple(piece for row in tensor for piece in _pieces(row, size, flat))
-
-
-def _updating(block: _Block, rows: Sequence[RowUpdate], noise: _Noise) -> Callable[[list[Tensor]], None]:
+def _updating(block: _Block, rows: Sequence[RowUpdate], noise: Noise) -> Callable[[list[Tensor]], None]:
     return lambda copies: _update(replace(block, live=copies), rows, noise)
 
 
-def _update(block: _Block, rows: Sequence[RowUpdate], noise: _Noise) -> None:
+def _update(block: _Block, rows: Sequence[RowUpdate], noise: Noise) -> None:
     fused = [row for row in rows if block.whole and _can_fuse(block, row)]
     for row in rows:
         if row not in fused:
-            _update_row(block, row, noise)
+            move(block.buffers, row, block.live, noise)
     if fused:
         gains = torch.tensor([row.live for row in fused], dtype=torch.float64, device=block.live[0].device)
         _fused.lerp_all(block.live[0], [block.buffers[row.buffer][0] for row in fused], gains)
@@ -215,28 +180,3 @@ def _can_fuse(block: _Block, row: RowUpdate) -> bool:
     target = block.buffers[row.buffer][0]
     is_lerp = not row.others and row.keep > 0.0
     return is_lerp and target.dtype != torch.bfloat16 and target.device == block.live[0].device
-
-
-def _update_row(block: _Block, row: RowUpdate, noise: _Noise) -> None:
-    target = block.buffers[row.buffer]
-    if row.keep == 0.0 and row.live == 1.0 and not row.others:
-        torch._foreach_copy_(target, block.live)
-        return
-    device, dtype = target[0].device, torch.promote_types(target[0].dtype, torch.float32)
-    live, value = _as(block.live, device, dtype), _as(target, device, dtype)
-    if row.others:
-        torch._foreach_mul_(value, row.keep)
-        for other, weight in row.others:
-            torch._foreach_add_(value, _as(block.buffers[other], device, dtype), alpha=weight)
-        torch._foreach_add_(value, live, alpha=row.live)
-    else:
-        torch._foreach_lerp_(value, live, row.live)
-    if value is not target:
-        for into, v in zip(target, value, strict=True):
-            stochastic_round_(into, v, noise.on(device))
-
-
-def _as(pieces: list[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    if pieces[0].device == device and pieces[0].dtype == dtype:
-        return pieces
-    return [p.to(device, dtype) for p in pieces]

@@ -64,12 +64,14 @@ class LiveTensors:
             if name in self.names or name in self.aliases:
                 raise ValueError(f"two tensors are named {name!r}; names must be unique.")
             tensor = place.get()
-            _require_supported(name, tensor)
+            _require_whole_or_dtensor(name, tensor)
             if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
                 self._frozen.append((name, place))
-            elif not tensor.is_floating_point():
                 continue
-            elif (first := seen.setdefault(_memory_of(tensor, name), len(self.names))) < len(self.names):
+            if not tensor.is_floating_point() and not tensor.is_complex():
+                continue
+            _require_dense(name, tensor)
+            if (first := seen.setdefault(_memory_of(tensor, name), len(self.names))) < len(self.names):
                 self.aliases[name] = self.names[first]
                 self._tied.append((name, place, self._places[first]))
             else:
@@ -177,7 +179,7 @@ def _memory_of(tensor: Tensor, name: str) -> Hashable:
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _require_supported(name: str, tensor: Tensor) -> None:
+def _require_whole_or_dtensor(name: str, tensor: Tensor) -> None:
     if hasattr(tensor, "ds_id"):
         raise NotImplementedError(
             f"{name} is partitioned by DeepSpeed ZeRO-3, which leaves parameters without elements between their uses. "
@@ -190,8 +192,12 @@ def _require_supported(name: str, tensor: Tensor) -> None:
         )
     if any(placement.is_partial() for placement in Sharding.of(tensor).placements):
         raise ValueError(f"{name} is a DTensor of partial sums, {Sharding.of(tensor)}; reduce it first.")
+
+
+def _require_dense(name: str, tensor: Tensor) -> None:
     if tensor.is_complex() or tensor.layout != torch.strided or tensor.device.type == "meta":
         raise ValueError(
             f"{name} is {tensor.dtype}, {tensor.layout}, on device {tensor.device}; the Averager needs dense real "
-            "tensors that hold data."
+            "tensors that hold data. Load it whole (what device_map offloads is on device meta), or freeze it before "
+            "making the Averager."
         )

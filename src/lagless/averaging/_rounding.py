@@ -11,6 +11,25 @@ import torch
 from torch import Tensor
 
 
+class Noise:
+    """One generator per device, seeded by (seed, step): a resumed run draws the same noise, and nothing is stored.
+
+    Args:
+        seed: of the run, or of a part of it.
+        step: of the optimizer.
+    """
+
+    def __init__(self, seed: int, step: int) -> None:
+        self._seed = (seed * 0x9E3779B97F4A7C15 + step) % 2**63
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def on(self, device: torch.device) -> torch.Generator:
+        """The generator of ``device``, made when it is first asked for."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+
 def stochastic_round_(target: Tensor, value: Tensor, generator: torch.Generator) -> None:
     """Write ``value`` into ``target``, rounding up or down at random so that the expectation is ``value``.
 

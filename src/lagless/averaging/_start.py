@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lagless.averaging._live import LiveTensors
-from lagless.averaging._sharding import Sharding
 from lagless.posthoc import Checkpoint, fingerprint, open_checkpoint
 from lagless.rules import Rule, Start
 from lagless.schedules import Tick
@@ -39,7 +38,7 @@ class StoredStart:
 
     Args:
         path: a model folder or weights file.
-        tensors: those to find in it.
+        tensors: those to find in it, by their names, or all without the same first levels of them.
         live: what they are now.
 
     Attributes:
@@ -56,14 +55,12 @@ class StoredStart:
         self.mismatch: str | None = None
         self._verified = _stamp(self.path)
         checkpoint = open_checkpoint(self.path)
-        self._stored: dict[str, tuple[str, Sharding]] = {}
-        for name, tensor, sharding in zip(tensors.names, live, tensors.shardings, strict=True):
-            aliases = (alias for alias, first in tensors.aliases.items() if first == name)
-            known = [n for n in (name, *aliases) if n in checkpoint.tensors]
-            if not known:
-                raise ValueError(f"start={str(path)!r} has no tensor {name!r}; give the base of this very model.")
-            self._stored[name] = known[0], sharding
-            fits = checkpoint.tensors[known[0]].shape == sharding.shape
+        names = _stored_names(tensors, checkpoint)
+        self._stored = {
+            name: (names[name], sharding) for name, sharding in zip(tensors.names, tensors.shardings, strict=True)
+        }
+        for (name, (stored, sharding)), tensor in zip(self._stored.items(), live, strict=True):
+            fits = checkpoint.tensors[stored].shape == sharding.shape
             if self.mismatch is None and not (
                 fits and torch.equal(self.read(checkpoint, name).to(tensor.device), tensor)
             ):
@@ -103,6 +100,32 @@ class StoredStart:
                 )
             self._verified = stamp
         return open_checkpoint(self.path)
+
+
+def _stored_names(tensors: LiveTensors, checkpoint: Checkpoint) -> dict[str, str]:
+    """What the checkpoint calls each tensor: its name, or all their names without the same first levels.
+
+    The latter where the base is an attribute of the module that trains, as in Lightning.
+    """
+    known = {name: [name] for name in tensors.names}
+    for alias, name in tensors.aliases.items():
+        known[name].append(alias)
+    levels, lacking = tensors.names[0].split("."), list[list[str]]()
+    for depth in range(len(levels)):
+        prefix = "".join(f"{level}." for level in levels[:depth])
+        found = {
+            name: [n for n in names if n.startswith(prefix) and n[len(prefix) :] in checkpoint.tensors]
+            for name, names in known.items()
+        }
+        if all(found.values()):
+            return {name: names[0][len(prefix) :] for name, names in found.items()}
+        lacking.append([name for name, names in found.items() if not names])
+    nearest, held = min(lacking, key=len), sorted(checkpoint.tensors)
+    raise ValueError(
+        f"start={str(checkpoint.path)!r} has no tensor {nearest[0]!r}, with or without its first levels; it holds "
+        f"{', '.join(held[:3])}{', ...' if held[3:] else ''}. Give the base of this very model, whose names there may "
+        "lack the same first levels each."
+    )
 
 
 def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypedDict
@@ -29,11 +30,12 @@ class State(TypedDict):
 def save_file(state: State, path: str | PathLike[str]) -> None:
     """Write ``state`` to one safetensors file; it appears under its name only when complete.
 
-    Sharded tensors are gathered one by one on all ranks, of which the first writes.
+    Sharded tensors are gathered one by one on all ranks, of which the first writes. Else every caller writes.
     """
     path, tensors = Path(path), state["tensors"]
     ranks = ranks_of(tensors.values())
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Replicas may save to one path at once, and processes on two machines can have the same id.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     header, offsets = build_header(infos, {_KEY: json.dumps(state["meta"])})
 

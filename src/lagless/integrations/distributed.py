@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from os import PathLike
@@ -13,14 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lagless.averaging import Averager
-from lagless.averaging._live import plain_name, unwrap
-from lagless.averaging._sharding import gather, ranks_of
+from lagless.averaging import Averager, gather, plain_name, ranks_of, unwrap
+from lagless.integrations._exports import record_text
 from lagless.posthoc.destination import RECORD, check_destination
 from lagless.posthoc.layout import OUTPUT_DTYPES, Layout, plan_layout
 from lagless.posthoc.safetensors_format import TensorInfo
 from lagless.posthoc.writer import ModelWriter
-from lagless.rules import rule_to_dict
 
 
 def export_model(
@@ -66,7 +63,7 @@ def export_model(
     ranks = ranks_of(tensors.values())
     infos = {key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     layout = plan_layout(infos, dtype, max_shard_size)
-    record = json.dumps(_record(averager, name, dtype), indent=2, ensure_ascii=False) + "\n"
+    record = record_text(averager, name or next(iter(averager.rules)), dtype)
     with ExitStack() as stack:
         writers: list[ModelWriter] = []
 
@@ -123,17 +120,3 @@ def _save_companions(module: nn.Module, tokenizer: Any, folder: Path) -> None:
     for companion in (getattr(module, "generation_config", None), tokenizer):
         if companion is not None:
             companion.save_pretrained(folder)
-
-
-def _record(averager: Averager, name: str | None, dtype: str) -> dict[str, Any]:
-    from lagless import __version__
-
-    name = name or next(iter(averager.rules))
-    return {
-        "lagless": __version__,
-        "name": name,
-        "rule": rule_to_dict(averager.rules[name]),
-        "step": averager.step,
-        "updates": averager.updates(name),
-        "dtype": dtype,
-    }

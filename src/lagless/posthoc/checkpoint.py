@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from lagless.posthoc.dcp import METADATA, find_dcp, open_dcp
 from lagless.posthoc.errors import CheckpointError
 from lagless.posthoc.readers import FilePlace, Place, Reader, TensorPlace, byte_view
 from lagless.posthoc.safetensors_format import TensorInfo, read_header, total_bytes
-from lagless.posthoc.torch_file import STATE_KEYS, load_mapped
+from lagless.posthoc.torch_file import NOT_WEIGHTS, load_mapped
 
 # In the order in which transformers and peft look for them; adapters are told apart by their name.
 WEIGHT_FILES = (
@@ -27,8 +26,6 @@ WEIGHT_FILES = (
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-
-_NOT_WEIGHTS = re.compile(r"optimizer|scheduler|scaler|rng_state|training_args|trainer_state", re.IGNORECASE)
 
 
 class Checkpoint:
@@ -123,11 +120,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if path.is_dir() and not _has_model_files(path) and (dcp := find_dcp(path)):
         _refuse_quantized(path / "config.json")
         places, files = open_dcp(dcp)
-        if not places:
-            raise CheckpointError(
-                f"{dcp}: holds no weights, only other states. Looked at the top level and under "
-                f"{', '.join(STATE_KEYS)}. Give the checkpoint that holds them."
-            )
         return Checkpoint(path, places, files, is_adapter=False)
     main = _main_file(path) if path.is_dir() else path
     if not main.is_file():
@@ -166,9 +158,7 @@ def _main_file(folder: Path) -> Path:
         return (model or adapter)[0]
     names = sorted(entry.name for entry in folder.iterdir())
     others = [
-        name
-        for name in names
-        if name.endswith(SUFFIXES) and not _NOT_WEIGHTS.search(name) and (folder / name).is_file()
+        name for name in names if name.endswith(SUFFIXES) and not NOT_WEIGHTS.search(name) and (folder / name).is_file()
     ]
     if len(others) == 1 and "-of-" not in others[0]:
         return folder / others[0]

@@ -15,7 +15,7 @@ import torch
 from lagless.posthoc.chunks import CONVERT, Chunk, ChunkedPlace
 from lagless.posthoc.errors import CheckpointError
 from lagless.posthoc.safetensors_format import NAMES, TensorInfo
-from lagless.posthoc.torch_file import STATE_KEYS
+from lagless.posthoc.torch_file import NOT_WEIGHTS, STATE_KEYS
 
 METADATA = ".metadata"
 _FOLDERS = (".", "pytorch_model_fsdp_0")  # the latter as Accelerate and the Trainer of transformers name it
@@ -29,11 +29,12 @@ def find_dcp(folder: Path) -> Path | None:
 def open_dcp(folder: Path) -> tuple[dict[str, tuple[TensorInfo, ChunkedPlace]], list[Path]]:
     """The weights in a DCP checkpoint, and the files that hold them.
 
-    Weights are what was saved under one of the keys of ``STATE_KEYS`` or, without those, at the top level. Optimizer
-    states and everything else nested are left alone.
+    Weights are what was saved under one of the keys of ``STATE_KEYS``, at any depth, or, without those, at the top
+    level. Optimizer states, random states and everything else nested are left alone.
 
     Raises:
-        CheckpointError: if the description is not understood, or does not fit the files.
+        CheckpointError: if the description is not understood or does not fit the files, or if there are no weights in
+            it, or under several keys.
     """
     path = folder / METADATA
     try:
@@ -45,7 +46,14 @@ def open_dcp(folder: Path) -> tuple[dict[str, tuple[TensorInfo, ChunkedPlace]], 
             for key, entry in metadata["state_dict_metadata"].items()
             if type(entry).__name__ == "TensorStorageMetadata"
         }
-        names = _weight_names(list(tensors), metadata["planner_data"] or {})
+        mapping = metadata["planner_data"] or {}
+        names = _weight_names({key: mapping.get(key, (key,)) for key in tensors}, folder)
+        if not names:
+            top = {str(mapping.get(key, (key,))[0]) for key in metadata["state_dict_metadata"]}
+            raise CheckpointError(
+                f"{folder}: holds no weights, only other states: {', '.join(sorted(top)[:8])}. Looked at the top level "
+                f"and, at any depth, under {', '.join(STATE_KEYS)}. Give the checkpoint that holds them."
+            )
         places = {name: _place(folder, key, tensors[key], stored) for key, name in names.items()}
     except CheckpointError:
         raise
@@ -58,11 +66,25 @@ def open_dcp(folder: Path) -> tuple[dict[str, tuple[TensorInfo, ChunkedPlace]], 
     return places, [path, *files]
 
 
-def _weight_names(keys: list[str], mapping: dict[str, tuple[Any, ...]]) -> dict[str, str]:
-    """Keys of weights, and the name of each in its state dict; ``mapping`` gives the path of each in what was saved."""
-    paths = {key: mapping.get(key, (key,)) for key in keys}
-    wrapped = {key: path[1:] for key, path in paths.items() if len(path) > 1 and path[0] in STATE_KEYS}
-    chosen = wrapped or {key: path for key, path in paths.items() if len(path) == 1}
+def _weight_names(paths: dict[str, tuple[Any, ...]], folder: Path) -> dict[str, str]:
+    """The keys that are weights, and the name of each in its state dict.
+
+    Args:
+        paths: where each lay in what was saved.
+        folder: to speak of.
+    """
+    found: dict[tuple[Any, ...], dict[str, tuple[Any, ...]]] = {}
+    for key, path in paths.items():
+        depth = max((i for i, level in enumerate(path[:-1], 1) if level in STATE_KEYS), default=0)
+        # A name with dots is that of a parameter, whatever the words in it.
+        levels = path[:-1] if depth or "." in key else path
+        if not any(NOT_WEIGHTS.search(str(level)) for level in levels):
+            found.setdefault(path[:depth], {})[key] = path[depth:]
+    top = {key: path for key, path in found.pop((), {}).items() if len(path) == 1}
+    if len(found) > 1:
+        places = " and ".join(repr(".".join(map(str, place))) for place in found)
+        raise CheckpointError(f"{folder}: holds weights under {places}. Save one of them alone.")
+    chosen = next(iter(found.values()), top)
     return {key: ".".join(map(str, path)) for key, path in chosen.items()}
 
 

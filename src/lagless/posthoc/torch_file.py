@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lagless.posthoc.errors import CheckpointError
 from lagless.posthoc.safetensors_format import NAMES
 
 STATE_KEYS = ("state_dict", "model", "model_state_dict", "module")
+NOT_WEIGHTS = re.compile(r"optimizer|scheduler|scaler|rng_state|training_args|trainer_state", re.IGNORECASE)
 
 _CONVERT = "Save the weights as safetensors (safetensors.torch.save_file) and average those."
 

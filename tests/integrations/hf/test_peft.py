@@ -104,10 +104,15 @@ def test_the_merged_update_is_exact_where_the_rank_allows_it(hf, tmp_path, rule)
     hf.close(products(hf.weights(loaded(hf, tmp_path, "average"))), exact)
 
 
-def test_the_best_adapter_can_be_a_merged_average(hf, tmp_path):
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # within torch.compile
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_best_adapter_can_be_a_merged_average(hf, tmp_path, compiled):
     best = {"metric_for_best_model": "eval_bema_loss", "load_best_model_at_end": True}
     recorder, callback = hf.recorder(), AveragingCallback(RULES, merged_lora=True)
     model = adapted(hf, tmp_path, rank=20)
+    layers = model.base_model.model.model.layers
+    for index in range(len(layers) if compiled else 0):
+        layers[index] = torch.compile(layers[index], backend="eager")
     trainer = hf.trainer(tmp_path, [callback, recorder], model=model, **SETTINGS | SAVING | best)
     trainer.train()
     step = trainer.state.best_global_step
@@ -139,7 +144,11 @@ def test_a_merged_average_is_of_the_weights_as_they_are(hf, tmp_path):
                 parameter.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)
         averager.update()
         recorder.iterates.append(hf.weights(model))
-    hf.close(products(averager.read()), average_of_products(recorder, rule))
+    read = averager.read()
+    hf.close(products(read), average_of_products(recorder, rule))
+    assert hf.same(dict(averager.items()), read) and read.keys() == recorder.iterates[0].keys()
+    averager.put()
+    hf.close(hf.weights(model), read)
 
 
 def test_swapping_a_merged_average_gives_the_live_bits_back_after_an_error(hf, tmp_path):
@@ -158,7 +167,7 @@ def test_a_merged_average_needs_an_adapter(hf, tmp_path):
         hf.trainer(tmp_path, [AveragingCallback(RULES, merged_lora=True)]).train()
     model = torch.nn.Sequential(torch.nn.Conv1d(4, 4, 3))
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
-    with pytest.raises(ValueError, match="convolution"):
+    with pytest.raises(NotImplementedError, match="convolution.*leave the option out"):
         hf.trainer(tmp_path, [AveragingCallback(RULES, merged_lora=True)], model=model).train()
 
 
@@ -178,3 +187,29 @@ def test_sft_with_a_peft_config(hf, tmp_path):
     )
     trainer.train()
     hf.close(hf.weights(loaded(hf, tmp_path, "bema")), recorder.average(RULES["bema"]))
+
+
+def test_a_factor_whose_other_one_is_frozen_is_averaged_as_it_is(hf, tmp_path):
+    """Its product with the other one is linear in it."""
+    model = adapted(hf, tmp_path)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            torch.nn.init.normal_(parameter)
+        parameter.requires_grad = "lora_B" in name and "down_proj" in name or "lora" in name and "q_proj" in name
+    callback, recorder = AveragingCallback(RULES, merged_lora=True), hf.recorder()
+    hf.trainer(tmp_path, [callback, recorder], model=model, **SETTINGS).train()
+    alone = [name for name in recorder.iterates[0] if "down_proj" in name]
+    averages, expected = callback.averager.read("ema"), recorder.average(RULES["ema"])
+    assert len(alone) == 2 and averages.keys() == expected.keys()
+    hf.close({name: averages[name] for name in alone}, {name: expected[name] for name in alone})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "lora_A" in name
+    with pytest.raises(ValueError, match="none of which A and B both train; leave the option out"):
+        MergedLoraAverager(model, RULES)
+
+
+def test_a_sharded_adapter_cannot_be_merged(hf, tmp_path):
+    model = adapted(hf, tmp_path)
+    next(p for name, p in model.named_parameters() if "lora_B" in name).device_mesh = object()  # as of a DTensor
+    with pytest.raises(NotImplementedError, match="lora_A.*is sharded.*DDP, or leave the option out"):
+        MergedLoraAverager(model, RULES)

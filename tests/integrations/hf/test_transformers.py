@@ -61,8 +61,9 @@ def test_many_rules_are_evaluated_under_their_own_prefix_with_every_metric(hf, t
     assert len({logged[f"eval{name}_loss"][f"eval{name}_loss"] for name in ("", "_bema", "_ema")}) == 3
 
 
-def test_which_averages_are_evaluated_is_selectable(hf, tmp_path):
-    trainer = hf.trainer(tmp_path, [AveragingCallback(RULES, evaluate=["ema"])], **EVALUATING)
+@pytest.mark.parametrize("evaluate", ["ema", ["ema"]])
+def test_which_averages_are_evaluated_is_selectable(hf, tmp_path, evaluate):
+    trainer = hf.trainer(tmp_path, [AveragingCallback(RULES, evaluate=evaluate)], **EVALUATING)
     trainer.train()
     metrics = trainer.evaluate()
     assert "eval_ema_loss" in metrics and "eval_bema_loss" not in metrics
@@ -219,9 +220,14 @@ def test_save_strategy_best_and_a_plateau_schedule_follow_an_average(hf, tmp_pat
 
 
 def test_a_metric_of_an_average_before_its_first_update_is_refused(hf, tmp_path):
-    callback = AveragingCallback(BEMA(update_freq=3))
+    callback, message = AveragingCallback(BEMA(update_freq=3)), "but before the first update of 'bema'.*eval_delay"
     trainer = hf.trainer(tmp_path, [callback], **best_settings("eval_bema_loss"))
-    with pytest.raises(ValueError, match="evaluated at step 2, but before the first update of 'bema'.*eval_delay"):
+    with pytest.raises(ValueError, match=f"evaluated at step 2, {message}"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    by_epoch = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    trainer = hf.trainer(tmp_path, [AveragingCallback(BEMA(update_freq=11))], **best_settings("bema_loss", **by_epoch))
+    with pytest.raises(ValueError, match=f"evaluated at step 10, {message}"):
         trainer.train()
     settings = best_settings("eval_bema_loss", eval_delay=3, eval_on_start=True)  # the first chooses nothing yet
     trainer = hf.trainer(tmp_path, [callback], **settings)
@@ -234,6 +240,24 @@ def test_of_two_names_that_fit_a_metric_the_longer_is_meant():
     assert [average_of(f"eval_{name}_loss", names, None) for name in names] == names
     assert average_of("eval_text_ema_slow_loss", names, {"text": ...}) == "ema_slow"
     assert average_of("eval_text_loss", names, {"text": ...}) is None
+
+
+def test_a_live_metric_that_begins_like_an_average_is_the_live_models(hf, tmp_path):
+    def metrics(prediction):
+        return {"ema_token_accuracy": token_accuracy(prediction)["accuracy"]}
+
+    data, recorder = with_metrics(hf) | {"compute_metrics": metrics}, hf.recorder()
+    settings = best_settings("eval_ema_token_accuracy")
+    trainer = hf.trainer(tmp_path, [AveragingCallback(RULES), recorder], data=data, **settings)
+    trainer.train()
+    assert hf.same(hf.weights(trainer.model), recorder.iterates[trainer.state.best_global_step])
+
+
+def test_a_metric_of_an_average_under_the_name_of_a_live_one_is_refused(hf, tmp_path):
+    data = with_metrics(hf) | {"compute_metrics": lambda prediction: {"ema_loss": 0.0}}
+    trainer = hf.trainer(tmp_path, [AveragingCallback(RULES)], data=data, **EVALUATING)
+    with pytest.raises(ValueError, match="eval_ema_loss are metrics of the live model and of an average; rename"):
+        trainer.train()
 
 
 def test_averages_without_an_update_yet_are_left_out_of_an_evaluation(hf, tmp_path):
@@ -261,6 +285,49 @@ def test_a_run_that_stops_before_the_first_update_is_refused_at_its_end(hf, tmp_
     with pytest.raises(RuntimeError, match="stopped at step 1, before the first update of bema"):
         trainer.train()
     assert [folder.name for folder in (tmp_path / "averaged").iterdir()] == ["ema"]
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_an_error_at_the_end_comes_after_the_other_callbacks(hf, tmp_path, position):
+    class Other(TrainerCallback):
+        ends = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+        def on_train_end(self, *args, **kwargs):
+            self.ends += 1
+
+    other = Other()
+    callbacks = [other]
+    callbacks.insert(position, AveragingCallback(BEMA(update_freq=4)))
+    trainer = hf.trainer(tmp_path, callbacks)
+    for ends in (1, 2):
+        with pytest.raises(RuntimeError, match="before the first update"):
+            trainer.train()
+        assert other.ends == ends
+    assert len(trainer.callback_handler.callbacks) == len(set(trainer.callback_handler.callbacks))
+
+
+def test_each_evaluation_has_a_progress_bar_of_its_own(hf, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, *args, total=None, **kwargs):
+            self.count, self.total = 0, total
+
+        def update(self, count=1):
+            self.count += count
+
+        def close(self):
+            bars.append((self.count, self.total))
+
+        def write(self, *args, **kwargs):
+            pass
+
+    monkeypatch.setattr("transformers.trainer_callback.tqdm", Bar)
+    hf.trainer(tmp_path, [AveragingCallback(RULES)], disable_tqdm=False, eval_strategy="steps", eval_steps=4).train()
+    assert bars == [(2, 2)] * 6 + [(8, 8)]
 
 
 @pytest.mark.parametrize(
@@ -292,6 +359,16 @@ def test_more_refusals(hf, tmp_path, monkeypatch):
         hf.trainer(tmp_path, [AveragingCallback(EMA())]).train(trial={"learning_rate": 0.1})
 
 
+def test_deepspeed_is_refused_by_name(hf, tmp_path):
+    class Enabling(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            trainer.is_deepspeed_enabled = True
+
+    trainer = hf.trainer(tmp_path, [Enabling(), AveragingCallback(EMA())])
+    with pytest.raises(NotImplementedError, match="does not support DeepSpeed.*FSDP2.*Averager.update"):
+        trainer.train()
+
+
 def test_events_without_a_trainer_are_refused(hf, tmp_path):
     args = hf.trainer(tmp_path).args
     with pytest.raises(RuntimeError, match="finds no Trainer that calls it"):
@@ -321,3 +398,17 @@ def test_a_trainer_with_an_evaluation_of_its_own_is_not_taken_for_the_one_around
     data = with_metrics(hf) | {"compute_metrics": lambda prediction: inner.evaluate() or {}}
     with pytest.raises(RuntimeError, match="finds no Trainer that calls it in a method with eval_dataset"):
         hf.trainer(tmp_path, data=data).evaluate()
+
+
+def test_a_trainer_with_an_evaluation_of_its_own_averages_without_evaluating(hf, tmp_path):
+    class Own(Trainer):
+        def evaluate(self, *args, **kwargs):
+            metrics = {"eval_own": 1.0}
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    trainer = hf.trainer(tmp_path, [AveragingCallback(EMA(), evaluate=[])], kind=Own, **EVALUATING)
+    trainer.train()
+    assert trainer.evaluate() == {"eval_own": 1.0}
+    with pytest.raises(RuntimeError, match=r"finds no Trainer.*evaluate=\[\]"):
+        hf.trainer(tmp_path, [AveragingCallback(EMA())], kind=Own, **EVALUATING).train()

@@ -1,5 +1,6 @@
 """Saving, resuming, rotating and uploading checkpoints with averages in them."""
 
+import json
 import shutil
 
 import pytest
@@ -8,7 +9,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from lagless import BEMA, DEMA, EMA, Averager, WindowAverage
 from lagless.integrations.transformers import AveragingCallback
-from lagless.posthoc import average_checkpoints
+from lagless.posthoc import CheckpointError, average_checkpoints
+from lagless.rules import rule_from_dict
 
 RULES = {"bema": BEMA(update_freq=2), "ema": EMA(decay=0.8), "lawa": WindowAverage(window=2, update_freq=3)}
 SAVING = {"save_strategy": "steps", "save_steps": 3, "max_steps": 9}
@@ -62,7 +64,9 @@ def stopped(hf, tmp_path):
 
 def test_a_checkpoint_without_averages_is_refused_or_joined(hf, stopped):
     (stopped / "averages.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"averages.safetensors is missing.*on_missing_state='restart'"):
+    with pytest.raises(
+        ValueError, match=r"averages.safetensors is missing.*save_total_limit=1.*on_missing_state='restart'"
+    ):
         hf.trainer(stopped.parent, [AveragingCallback(RULES)], **SAVING).train(resume_from_checkpoint=True)
     recorder, callback = hf.recorder(), AveragingCallback(RULES, on_missing_state="restart")
     hf.trainer(stopped.parent, [callback, recorder], **SAVING).train(resume_from_checkpoint=True)
@@ -216,3 +220,103 @@ def test_a_failing_export_leaves_the_earlier_one_whole(hf, tmp_path, monkeypatch
         hf.trainer(tmp_path, [AveragingCallback({"ema": EMA()})], kind=Failing, learning_rate=0.1).train()
     assert before == {p: p.read_bytes() for p in (tmp_path / "averaged").rglob("*") if p.is_file()}
     assert [p.name for p in (tmp_path / "averaged").iterdir()] == ["ema"]
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "eval_loss", "load_best_model_at_end": True}
+# The first step is the best: of a loss that falls, where greater is better.
+FIRST = SAVING | BEST | {"greater_is_better": True}
+
+
+def test_a_best_step_before_the_averages_is_refused_at_the_start(hf, tmp_path):
+    hf.trainer(tmp_path, **FIRST | {"max_steps": 3}).train()
+    callback, recorder = AveragingCallback(RULES, on_missing_state="restart"), hf.recorder()
+    trainer = hf.trainer(tmp_path, [recorder, callback], **FIRST)
+    with pytest.raises(ValueError, match=r"may go back to .*checkpoint-3, where.*Go on without load_best_model_at_end"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+    hf.trainer(tmp_path, [callback], **FIRST | {"load_best_model_at_end": False}).train(resume_from_checkpoint=True)
+    assert (tmp_path / "averaged/bema/model.safetensors").is_file()
+
+
+def test_a_best_step_with_averages_of_other_rules_is_refused_at_the_start(hf, tmp_path):
+    hf.trainer(tmp_path, [AveragingCallback(EMA(decay=0.5))], **FIRST | {"max_steps": 6}).train()
+    (tmp_path / "checkpoint-6/averages.safetensors").unlink()
+    trainer = hf.trainer(tmp_path, [AveragingCallback(EMA(), on_missing_state="restart")], **FIRST)
+    with pytest.raises(ValueError, match="may go back to .*checkpoint-3.*made with rules"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+
+
+def test_a_resumed_run_may_go_back_before_the_step_at_which_it_was_resumed(hf, tmp_path):
+    hf.trainer(tmp_path, [AveragingCallback(RULES)], **FIRST | {"max_steps": 6}).train()
+    recorder, callback = hf.recorder(), AveragingCallback(RULES)
+    trainer = hf.trainer(tmp_path, [callback, recorder], **FIRST)
+    trainer.train(resume_from_checkpoint=True)
+    first = Averager(hf.model(), RULES)
+    first.load(tmp_path / "checkpoint-3/averages.safetensors")
+    assert trainer.state.best_global_step == 3 and callback.averager.step == 3
+    assert hf.same(callback.averager.state_dict()["tensors"], first.state_dict()["tensors"])
+
+
+def test_a_best_state_lost_during_the_run_costs_none_of_the_last_ones(hf, tmp_path):
+    class Deleting(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 8:
+                (tmp_path / "checkpoint-3/averages.safetensors").unlink()
+
+    class Reading(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 9:
+                self.live, self.averages = hf.weights(model), averages(callback)
+
+    callback, reading = AveragingCallback(RULES), Reading()
+    with pytest.raises(RuntimeError, match="went back to .*checkpoint-3, but.*state at step 9 is in .*Averager.load"):
+        hf.trainer(tmp_path, [callback, Deleting(), reading], **FIRST).train()
+    model = hf.model()
+    model.load_state_dict(reading.live)
+    callback.averager = Averager(model, RULES)
+    callback.averager.load(tmp_path / "averages.safetensors")
+    assert hf.same(averages(callback), reading.averages)
+
+
+def test_a_best_checkpoint_that_is_gone_leaves_weights_and_averages_at_the_last_step(hf, tmp_path):
+    """The Trainer warns of it and goes on."""
+
+    class Deleting(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 8:
+                shutil.rmtree(tmp_path / "checkpoint-3")
+
+    callback, recorder = AveragingCallback(RULES), hf.recorder()
+    settings = FIRST | {"metric_for_best_model": "eval_ema_loss"}
+    trainer = hf.trainer(tmp_path, [callback, Deleting(), recorder], **settings)
+    trainer.train()
+    assert trainer.state.best_global_step == 3
+    assert hf.same(hf.weights(trainer.model), recorder.iterates[9])
+    hf.close(callback.averager.read("ema"), recorder.average(RULES["ema"]))
+
+
+def test_exports_say_what_they_are(hf, tmp_path):
+    hf.trainer(tmp_path, [AveragingCallback(RULES)], **SAVING).train()
+    record = json.loads((tmp_path / "averaged/bema/lagless.json").read_text())
+    assert (record["name"], record["step"], record["updates"]) == ("bema", 9, 4)
+    assert rule_from_dict(record["rule"]) == RULES["bema"]
+
+
+def test_a_folder_of_something_else_is_refused_before_training(hf, tmp_path):
+    (tmp_path / "averaged/ema").mkdir(parents=True)
+    (tmp_path / "averaged/ema/thesis.txt").write_text("x")
+    trainer = hf.trainer(tmp_path, [AveragingCallback(RULES)])
+    with pytest.raises(CheckpointError, match="averaged/ema: .*lagless did not write thesis.txt"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and (tmp_path / "averaged/ema/thesis.txt").is_file()
+
+
+def test_an_earlier_runs_average_is_not_left_where_this_run_has_none(hf, tmp_path):
+    rules = {"fast": EMA(decay=0.8), "slow": EMA(decay=0.8, update_after=6)}
+    hf.trainer(tmp_path, [AveragingCallback(rules)], **SAVING).train()
+    assert (tmp_path / "averaged/slow").is_dir()
+    trainer = hf.trainer(tmp_path, [AveragingCallback(rules)], **FIRST)
+    trainer.train()
+    assert trainer.state.best_global_step == 3
+    assert [folder.name for folder in (tmp_path / "averaged").iterdir()] == ["fast"]

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, Trainer
 
 from lagless import BEMA, EMA, Averager
@@ -166,16 +167,23 @@ def test_a_model_made_anew_for_each_training(hf, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # within torch.compile
-def test_a_model_that_was_compiled_beforehand_exports_plain_names(hf, tmp_path):
+@pytest.mark.parametrize(
+    "level, wrap",
+    [
+        ("_orig_mod", lambda layer: torch.compile(layer, backend="eager")),
+        ("_checkpoint_wrapped_module", checkpoint_wrapper),
+    ],
+)
+def test_a_model_with_wrapped_layers_becomes_the_best_average_in_all_of_them(hf, tmp_path, level, wrap):
     callback, recorder = AveragingCallback(RULE), hf.recorder()
     model = hf.model()
     for index, layer in enumerate(model.model.layers):
-        model.model.layers[index] = torch.compile(layer, backend="eager")
+        model.model.layers[index] = wrap(layer)
     settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     best = {"metric_for_best_model": "eval_bema_loss", "load_best_model_at_end": True, "learning_rate": 1e-3}
     trainer = hf.trainer(tmp_path, [callback, recorder], model=model, **settings | best)
     trainer.train()
-    assert any("_orig_mod" in name for name in recorder.iterates[0])
+    assert any(level in name for name in recorder.iterates[0])
     hf.close(hf.weights(trainer.model), recorder.average(RULE, at=trainer.state.best_global_step))
 
 

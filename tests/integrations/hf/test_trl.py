@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from lagless import BEMA, EMA
 from lagless.integrations.transformers import AveragingCallback
@@ -149,7 +149,9 @@ def test_trl_second_train(hf, tmp_path):
     run(AveragingCallback(RULE))
 
 
-@pytest.mark.parametrize("theirs, ours", [({}, BEMA()), ({"update_freq": 5, "update_after": 6}, BEMA(update_freq=5, update_after=6))])
+@pytest.mark.parametrize(
+    "theirs, ours", [({}, BEMA()), ({"update_freq": 5, "update_after": 6}, BEMA(update_freq=5, update_after=6))]
+)
 def test_trl_saves_the_untouched_model_of_a_short_run(hf, tmp_path, theirs, ours):
     """BEMACallback saves its copy of the initial model when no update came, and says that it saved BEMA."""
     trainer = hf.trainer(tmp_path / "theirs", [trl.BEMACallback(**theirs)])
@@ -159,6 +161,24 @@ def test_trl_saves_the_untouched_model_of_a_short_run(hf, tmp_path, theirs, ours
     with pytest.raises(ValueError, match="the initial model"):
         hf.trainer(tmp_path / "ours", [AveragingCallback(ours)]).train()
     assert not (tmp_path / "ours/averaged").exists()
+
+
+def test_trl_smaller_batches(hf, tmp_path):
+    """BEMACallback appends the parameters again when auto_find_batch_size starts the training once more."""
+
+    class Small(Trainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            if self.state.global_step == 1 and len(inputs["input_ids"]) > 2:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def run(callback):
+        settings = {"auto_find_batch_size": True, "per_device_train_batch_size": 4}
+        hf.trainer(tmp_path, [callback], kind=Small, **settings).train()
+
+    with pytest.raises(ValueError, match="zip"):
+        run(trl.BEMACallback(update_freq=2))
+    run(AveragingCallback(RULE))
 
 
 def test_trl_resume(hf, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from lagless.averaging import Attachment, Averager
 from lagless.integrations.lightning._checkpoint import STATE_KEY
-from lagless.integrations.lightning._export import export
+from lagless.integrations.lightning._export import check_export, export, withdraw
 from lagless.integrations.lightning._imports import Callback, LightningModule, Trainer, rank_zero_warn
 from lagless.integrations.lightning._validation import validate_again
 from lagless.rules import Rule
@@ -27,15 +28,16 @@ class AveragingCallback(Callback):
       learning rate schedulers can monitor them. An average without an update yet has no metrics.
     - Every checkpoint holds the averager's state; ``fit(ckpt_path=...)`` goes on bit for bit. :func:`load_average`
       gives the averaged model in a checkpoint.
-    - At the end of training each average is written to ``{name}.ckpt``, for ``load_from_checkpoint``, and, where the
-      module holds a Hugging Face model, to the folder ``{name}``, for ``from_pretrained``. The module keeps the live
-      weights.
+    - At the end of training each average is written to ``{name}.ckpt``, for ``load_from_checkpoint``, and to the folder
+      ``{name}``: there ``lagless.json`` says what it is, and, where the module holds a Hugging Face model, the rest is
+      for ``from_pretrained``. The module keeps the live weights. Only earlier exports are replaced.
 
     A step is one step of the optimizer: once under gradient accumulation, none when the gradient scaler skips it.
+    A Trainer takes one such callback; give it several rules as a mapping.
 
     Args:
         rules: one rule, or a mapping of names to rules, as for :class:`lagless.Averager`.
-        evaluate: names of the averages to validate; None for all.
+        evaluate: the averages to validate, by name; None for all.
         optimizer: with several optimizers, the index of the one whose steps count.
         export: the folder for averaged models; True for ``averaged`` in the run's log folder, False for none.
         on_missing_state: what to do when ``fit`` resumes from a checkpoint without averages: ``"refuse"``, or
@@ -47,9 +49,10 @@ class AveragingCallback(Callback):
 
     Raises:
         ValueError: when training starts, if it is too short for a rule to update, if ``evaluate`` or ``optimizer`` does
-            not fit, or if the checkpoint belongs to other rules or parameters.
-        RuntimeError: when training starts from a checkpoint without averages; or when it ends before a rule's first
-            update.
+            not fit, or if the checkpoint has no averages, or those of other rules or parameters; and at a validation
+            before the first update of an average that something monitors.
+        CheckpointError: when training starts, if something else is where an average is to be written.
+        RuntimeError: when training ends before a rule's first update.
         NotImplementedError: under a strategy that shards parameters.
 
     >>> from lagless import BEMA, EMA
@@ -60,17 +63,17 @@ class AveragingCallback(Callback):
         self,
         rules: Rule | Mapping[str, Rule],
         *,
-        evaluate: Collection[str] | None = None,
+        evaluate: str | Collection[str] | None = None,
         optimizer: int | None = None,
         export: bool | str | PathLike[str] = True,
         on_missing_state: Literal["refuse", "restart"] = "refuse",
         **options: Any,
     ) -> None:
         if on_missing_state not in ("refuse", "restart"):
-            raise ValueError(f"on_missing_state={on_missing_state!r}; it is 'refuse' or 'restart'.")
+            raise ValueError(f"on_missing_state={on_missing_state!r}; it must be 'refuse' or 'restart'.")
         self.averager: Averager | None = None
         self._rules = rules
-        self._evaluate = evaluate
+        self._evaluate = [evaluate] if isinstance(evaluate, str) else evaluate
         self._optimizer = optimizer
         self._export = export
         self._on_missing_state = on_missing_state
@@ -85,11 +88,9 @@ class AveragingCallback(Callback):
         return STATE_KEY
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Move before the callbacks that monitor metrics, and behind the progress bar, which counts each pass alone."""
+        """Move behind the other callbacks: an error at the end of training keeps it from those that come later."""
         self._loaded = None
-        bar = trainer.progress_bar_callback
-        others = [callback for callback in trainer.callbacks if callback is not self and callback is not bar]
-        trainer.callbacks = [bar, self, *others] if bar else [self, *others]
+        trainer.callbacks = [*self._others(trainer), self]
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, as part of a checkpoint."""
@@ -110,18 +111,35 @@ class AveragingCallback(Callback):
             self.averager = self._begin(trainer, pl_module)
         assert self.averager is not None
         if unknown := sorted(set(self._evaluate or ()) - self.averager.rules.keys()):
-            raise ValueError(f"evaluate names {', '.join(unknown)}; the averages are {', '.join(self.averager.rules)}.")
+            raise ValueError(f"evaluate={unknown} are no averages; there are {', '.join(self.averager.rules)}.")
+        folder = self._folder(trainer)
+        if folder and trainer.is_global_zero:
+            for name in self.averager.rules:
+                check_export(folder, name)
         self._attachment = self.averager.attach(optimizer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move before the callbacks that monitor metrics, and behind the progress bar, which counts each pass alone."""
+        bar, others = trainer.progress_bar_callback, self._others(trainer)
+        trainer.callbacks = [self, *others] if bar is None else [bar, self, *(c for c in others if c is not bar)]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate the averages too."""
-        averager = self.averager
-        if averager is None or trainer.sanity_checking or trainer.state.fn != "fit":
-            return
+        if self.averager is not None and not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._validate(trainer, self.averager)
+        trainer.callbacks = [*self._others(trainer), self]
+
+    def _validate(self, trainer: Trainer, averager: Averager) -> None:
         for name, rule in averager.rules.items():
             if self._evaluate is not None and name not in self._evaluate:
                 continue
             if averager.updates(name) == 0:
+                if monitored := _monitored(trainer, f"{name}_"):
+                    raise ValueError(
+                        f"{', '.join(monitored)} is monitored, and validated at step {averager.step}, but before the "
+                        f"first update of {name!r} ({rule}). Validate later with check_val_every_n_epoch or "
+                        "val_check_interval, or choose a smaller update_after or update_freq."
+                    )
                 rank_zero_warn(f"{name!r} ({rule}) has had no update yet, so this validation has no {name}_ metrics.")
                 continue
             with averager.applied(name):
@@ -132,24 +150,38 @@ class AveragingCallback(Callback):
         self._detach()
         self._left = (pl_module, trainer.global_step)
         averager = self.averager
-        if averager is None or trainer.fast_dev_run:
+        if averager is None:
             return
-        trained = [name for name in averager.rules if averager.updates(name) > 0]
-        if self._export:
-            run = trainer.log_dir or trainer.default_root_dir  # asked on every rank, as Lightning demands
-            folder = Path(run, "averaged") if self._export is True else Path(self._export)
-            for name in trained:
-                with averager.applied(name):
-                    export(trainer, pl_module, folder, name)
-        if lacking := [f"{name} ({rule})" for name, rule in averager.rules.items() if name not in trained]:
+        averager.wait()  # whoever has fitted the module may load other weights into it
+        never = [name for name in averager.rules if averager.updates(name) == 0]
+        if folder := self._folder(trainer):
+            for name in averager.rules:
+                if name not in never:
+                    export(trainer, pl_module, averager, folder, name)
+                elif trainer.is_global_zero:
+                    withdraw(folder, name)
+        if never and not trainer.fast_dev_run:
             raise RuntimeError(
-                f"training ended after {averager.step} optimizer steps, before the first update of "
-                f"{', '.join(lacking)}: there is no average to export. Choose a smaller update_after or update_freq."
+                f"training stopped at step {averager.step}, before the first update of {', '.join(never)}, so there is "
+                "no such average. Train longer, or choose a smaller update_after or update_freq."
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the optimizer."""
         self._detach()
+        if self.averager is not None:
+            with suppress(RuntimeError):  # that of an update that failed, which every later call raises as well
+                self.averager.wait()
+
+    def _others(self, trainer: Trainer) -> list[Any]:
+        return [callback for callback in trainer.callbacks if callback is not self]
+
+    def _folder(self, trainer: Trainer) -> Path | None:
+        """Where averaged models go, if anywhere."""
+        run = trainer.log_dir or trainer.default_root_dir  # asked on every rank, as Lightning demands
+        if not self._export or trainer.fast_dev_run:
+            return None
+        return Path(run, "averaged") if self._export is True else Path(self._export)
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> Averager:
         if trainer.strategy.restore_checkpoint_after_setup:
@@ -159,14 +191,17 @@ class AveragingCallback(Callback):
             )
         if self._loaded is not None:
             averager = Averager(module, self._rules, **self._options)
-            averager.load_state_dict(self._loaded)
+            try:
+                averager.load_state_dict(self._loaded)
+            except ValueError as error:
+                raise ValueError(f"{trainer.ckpt_path}: {error}") from error
             self._loaded = None
             return averager
         if trainer.global_step > 0 and self._on_missing_state == "refuse":
-            raise RuntimeError(
-                f"training goes on at step {trainer.global_step}, and {trainer.ckpt_path or 'the earlier fit'} holds "
-                "no averages of it. Resume from a checkpoint written with AveragingCallback, or begin new averages "
-                "here with AveragingCallback(..., on_missing_state='restart')."
+            raise ValueError(
+                f"{trainer.ckpt_path or 'the earlier fit'} holds no averages at step {trainer.global_step}: it went "
+                "without the callback. Resume from another one, or start new averages there with "
+                "AveragingCallback(..., on_missing_state='restart')."
             )
         step = trainer.global_step if len(trainer.optimizers) == 1 else 0  # it counts the steps of all of them
         return Averager(module, self._rules, step=step, total_steps=_known_length(trainer, module), **self._options)
@@ -186,6 +221,14 @@ class AveragingCallback(Callback):
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
+
+
+def _monitored(trainer: Trainer, prefix: str) -> list[str]:
+    """The metrics of one average without which Lightning would stop: ``{prefix}`` before one of the live model's."""
+    watchers = [w for w in (*trainer.callbacks, *trainer.lr_scheduler_configs) if getattr(w, "strict", True)]
+    monitors = [getattr(w, "monitor", None) for w in watchers if getattr(w, "reduce_on_plateau", True)]
+    metrics = [f"{prefix}{metric}" for metric in trainer.callback_metrics]
+    return [] if trainer.fast_dev_run else [metric for metric in metrics if metric in monitors]
 
 
 def _known_length(trainer: Trainer, module: LightningModule) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lagless.averaging import Averager
+from lagless.averaging import Averager, plain_name
 from lagless.rules import rule_from_dict
 
 STATE_KEY = "lagless.AveragingCallback"
@@ -23,6 +24,9 @@ def load_average(
     So that ``ModelCheckpoint(monitor="bema_val_loss")`` leads to a model:
     ``module.load_state_dict(load_average(checkpoint_callback.best_model_path, "bema"))``.
 
+    The file is unpickled without running anything that it names. Where ``save_hyperparameters`` put objects of other
+    classes into it, such as a dataclass of settings, allow those first: ``torch.serialization.add_safe_globals``.
+
     Args:
         path: of the checkpoint.
         name: which average; may be left out if there is only one.
@@ -32,10 +36,10 @@ def load_average(
         The module's whole state dict, with averages in the live weights' dtype.
 
     Raises:
-        ValueError: if the checkpoint holds no averages, or none of that name.
+        ValueError: if the checkpoint holds no averages, or none of that name, or objects of classes not allowed.
         RuntimeError: if the average has had no update by then.
     """
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = _load(path)
     stored = checkpoint.get("callbacks", {}).get(STATE_KEY)
     if stored is None:
         raise ValueError(
@@ -43,7 +47,7 @@ def load_average(
             "with AveragingCallback."
         )
     live: dict[str, Tensor] = checkpoint["state_dict"]
-    state, keys = stored["averages"], {_plain(key): key for key in live}
+    state, keys = stored["averages"], {plain_name(key): key for key in live}
     averaged = {tensor.partition("/")[2] for tensor in state["tensors"]}
     memory = {live[keys[parameter]].data_ptr() for parameter in averaged}
     named = {parameter: live[key] for parameter, key in keys.items() if live[key].data_ptr() in memory}
@@ -54,6 +58,14 @@ def load_average(
     return live | {keys[parameter]: value.to(named[parameter].dtype) for parameter, value in average.items()}
 
 
-def _plain(key: str) -> str:
-    """The key without the levels that ``torch.compile`` adds, as the Averager names parameters."""
-    return ".".join(part for part in key.split(".") if part != "_orig_mod")
+def _load(path: str | PathLike[str]) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        short = ", ".join(name.rpartition(".")[2] for name in classes)
+        raise ValueError(
+            f"{Path(path)} holds objects of {', '.join(classes)}, perhaps from save_hyperparameters, which are not "
+            f"unpickled unless allowed. If you trust them: torch.serialization.add_safe_globals([{short}]), then load "
+            "again."
+        ) from error

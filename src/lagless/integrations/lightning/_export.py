@@ -7,27 +7,64 @@ from typing import Any
 
 from torch import nn
 
+from lagless.averaging import Averager
+from lagless.integrations._exports import export_folder, remove_export
 from lagless.integrations.lightning._imports import LightningModule, Trainer
-from lagless.posthoc.destination import Destination
+from lagless.posthoc import CheckpointError
+from lagless.posthoc.destination import RECORD, check_destination
 
 
-def export(trainer: Trainer, module: LightningModule, folder: Path, name: str) -> None:
-    """Write the weights that are in ``module`` now, on every rank alike.
+def export(trainer: Trainer, module: LightningModule, averager: Averager, folder: Path, name: str) -> None:
+    """Write the average ``name``, on every rank alike.
 
-    ``{folder}/{name}.ckpt`` is for ``load_from_checkpoint`` and ``ckpt_path``. Where the module holds a trainable model
-    with ``save_pretrained``, ``{folder}/{name}`` is for its ``from_pretrained``, tokenizer included; of several models
-    each has a folder in it, named as the attribute.
+    ``{folder}/{name}.ckpt`` is for ``load_from_checkpoint`` and ``ckpt_path``. ``{folder}/{name}`` has a record of what
+    it is. Where the module holds a trainable model with ``save_pretrained``, that folder is for its
+    ``from_pretrained``, tokenizer included; of several models each has a folder in it, named as the attribute.
+
+    Raises:
+        CheckpointError: if something is in the way.
     """
-    trainer.save_checkpoint(folder / f"{name}.ckpt", weights_only=True)
-    models = _pretrained(module)
-    if models and trainer.is_global_zero:
-        with Destination(folder / name) as destination:
-            for path, model in models.items():
-                model.save_pretrained(destination if len(models) == 1 else destination / path)
-            if len(models) == 1:
-                for processor in _processors(module, trainer):
-                    processor.save_pretrained(destination)
-    trainer.strategy.barrier("lagless.export")
+    with averager.applied(name):
+        if trainer.is_global_zero:
+            check_export(folder, name)
+            with export_folder(folder / name, averager, name) as temporary:
+                models = _pretrained(module)
+                for path, model in models.items():
+                    model.save_pretrained(temporary if len(models) == 1 else temporary / path)
+                if len(models) == 1:
+                    for processor in _processors(module, trainer):
+                        processor.save_pretrained(temporary)
+        trainer.save_checkpoint(_checkpoint(folder, name), weights_only=True)
+
+
+def check_export(folder: Path, name: str) -> None:
+    """Refuse to replace anything but an earlier export.
+
+    Raises:
+        CheckpointError: if something else is in the way.
+    """
+    check_destination(folder / name, [], overwrite=True)
+    checkpoint = _checkpoint(folder, name)
+    if checkpoint.exists() and not _record(folder, name).is_file():
+        raise CheckpointError(
+            f"{checkpoint}: would be replaced, and lagless did not write it. Choose another folder with export, or "
+            "remove it yourself."
+        )
+
+
+def withdraw(folder: Path, name: str) -> None:
+    """Remove an earlier export of the average ``name``, which would be taken for this run's; anything else stays."""
+    if _record(folder, name).is_file():
+        _checkpoint(folder, name).unlink(missing_ok=True)
+        remove_export(folder / name)
+
+
+def _checkpoint(folder: Path, name: str) -> Path:
+    return folder / f"{name}.ckpt"
+
+
+def _record(folder: Path, name: str) -> Path:
+    return folder / name / RECORD
 
 
 def _pretrained(module: nn.Module, path: str = "") -> dict[str, Any]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from lagless.averaging import Attachment, Averager
+from lagless.filters import count_updates
+from lagless.integrations._exports import export_folder, remove_export
+from lagless.integrations.distributed import export_model
 from lagless.integrations.transformers._caller import calling_trainer
 from lagless.integrations.transformers._evaluation import average_of, evaluate_averages
 from lagless.integrations.transformers._lora import MergedLoraAverager
-from lagless.posthoc.destination import Destination
+from lagless.posthoc.destination import check_destination
 from lagless.rules import Rule
 
 STATE_FILE = "averages.safetensors"
@@ -41,7 +43,7 @@ class AveragingCallback(TrainerCallback):
 
     Args:
         rules: one rule, or a mapping of names to rules. A single rule is named by its class in lower case.
-        evaluate: names of the averages to evaluate; None for all.
+        evaluate: the averages to evaluate, by name; None for all.
         export_at_save: write ``checkpoint-N/averaged/{name}`` at each save as well.
         on_missing_state: what to do when the checkpoint to resume from has no averages: ``"refuse"``, or ``"restart"``
             them at that step.
@@ -65,7 +67,7 @@ class AveragingCallback(TrainerCallback):
         self,
         rules: Rule | Mapping[str, Rule],
         *,
-        evaluate: Collection[str] | None = None,
+        evaluate: str | Collection[str] | None = None,
         export_at_save: bool = False,
         on_missing_state: Literal["refuse", "restart"] = "refuse",
         merged_lora: bool = False,
@@ -76,32 +78,50 @@ class AveragingCallback(TrainerCallback):
         self.averager: Averager | None = None
         self._rules, self._options = rules, options
         self._kind = MergedLoraAverager if merged_lora else Averager
-        self._evaluate = evaluate
+        self._evaluate = [evaluate] if isinstance(evaluate, str) else evaluate
         self._export_at_save = export_at_save
         self._on_missing_state = on_missing_state
         self._attachment: Attachment | None = None
         self._saved_step: int | None = None
+        # An error in the Trainer's last event keeps it from the callbacks that come later.
+        self._last = TrainerCallback()
+        self._last.on_train_end = self._end
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the Averager, or restore it, and follow the optimizer."""
         trainer, [checkpoint] = calling_trainer(self, "resume_from_checkpoint")
+        self._refuse(trainer)
         if self._attachment is not None:  # of a run that ended in an error, such as one batch size too many
             self._attachment.remove()
         stored = None if checkpoint is None else Path(checkpoint, STATE_FILE)
         joins = stored is not None and not stored.is_file()
         if joins and self._on_missing_state == "refuse":
             raise ValueError(
-                f"{stored} is missing: this checkpoint was saved without the callback, or with save_only_model. Resume "
-                "from another one, or start new averages there with AveragingCallback(..., "
+                f"{stored} is missing: this checkpoint was saved without the callback, or with save_only_model, or the "
+                "run died while it wrote that file (save_total_limit=1 has removed the checkpoint before by then). "
+                "Resume from another one, or start new averages there with AveragingCallback(..., "
                 "on_missing_state='restart')."
             )
-        step = state.global_step if joins else 0
-        self.averager = self._kind(
-            kwargs["model"], self._rules, step=step, total_steps=state.max_steps, **self._options
-        )
+
+        def make() -> Averager:
+            step = state.global_step if joins else 0
+            return self._kind(kwargs["model"], self._rules, step=step, total_steps=state.max_steps, **self._options)
+
+        self.averager = make()
         self._check(trainer, self.averager)
+        best = _best(args, state)
+        if best is not None and (joins or best / STATE_FILE != stored):
+            try:
+                self.averager.load(best / STATE_FILE)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"load_best_model_at_end may go back to {best}, where there are no averages of this kind: {error} "
+                    "Go on without load_best_model_at_end."
+                ) from error
+            if joins:
+                self.averager = make()
         if stored is not None and not joins:
             try:
                 self.averager.load(stored)
@@ -110,34 +130,34 @@ class AveragingCallback(TrainerCallback):
                     f"{stored}: {error} (New averages from this step on: delete the file and pass "
                     "on_missing_state='restart'.)"
                 ) from error
+        first = _first_evaluation(args, state)
+        if first is not None and first <= state.max_steps:
+            self._require_followed(trainer, self.averager, first)
         self._attachment = self.averager.attach(kwargs["optimizer"])
         self._saved_step = None
         # First in line at on_evaluate, so that early stopping finds the averages' metrics wherever it was listed.
         callbacks = trainer.callback_handler.callbacks
-        callbacks.remove(self)
-        callbacks.insert(0, self)
+        callbacks[:] = [self, *(other for other in callbacks if other not in (self, self._last)), self._last]
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate the averages as the live model has just been, and add their metrics to its own."""
-        if self.averager is None:
+        if self.averager is None or not self._evaluated(self.averager):
             return
         trainer, arguments = calling_trainer(self, "eval_dataset", "ignore_keys", "metric_key_prefix")
-        followed = self._followed(trainer, self.averager)
-        if state.global_step and followed and not self.averager.updates(followed):
-            raise ValueError(
-                f"metric_for_best_model={args.metric_for_best_model!r} is evaluated at step {state.global_step}, but "
-                f"before the first update of {followed!r} ({self.averager.rules[followed]}). Evaluate later with "
-                "eval_delay, or choose a smaller update_after or update_freq."
-            )
+        if state.global_step:
+            self._require_followed(trainer, self.averager, state.global_step)
         names = [name for name in self._evaluated(self.averager) if self.averager.updates(name)]
-        kwargs["metrics"].update(evaluate_averages(trainer, kwargs["model"], self.averager, names, *arguments))
+        averaged = evaluate_averages(trainer, kwargs["model"], self.averager, names, *arguments)
+        if clash := sorted(averaged.keys() & kwargs["metrics"].keys()):
+            raise ValueError(f"{', '.join(clash)} are metrics of the live model and of an average; rename the average.")
+        kwargs["metrics"].update(averaged)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Complete the checkpoint that is about to be uploaded, which happens before on_save."""
         # Only the first process gets here, which is not enough to save a sharded model.
-        if _checkpoint(args, state).is_dir() and not calling_trainer(self)[0].is_fsdp_enabled:
+        if self.averager is not None and not self.averager.sharded and _checkpoint(args, state).is_dir():
             self._save(args, state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -151,9 +171,7 @@ class AveragingCallback(TrainerCallback):
         if self.averager is not None:
             self.averager.wait()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def _end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Export the averages; those of the best step, if the Trainer went back to it."""
         if self.averager is None or self._attachment is None:
             return
@@ -161,14 +179,14 @@ class AveragingCallback(TrainerCallback):
         self._attachment.remove()
         self._attachment = None
         never = [name for name in self.averager.rules if not self.averager.updates(name)]
-        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        best = _best(args, state)
         if best is not None:
             trainer.accelerator.wait_for_everyone()  # until the first process has written it
-            self.averager.load(Path(best, STATE_FILE))
+            self._go_back(args, self.averager, best)
         self._export(trainer, self.averager, _run_folder(args))
         followed = self._followed(trainer, self.averager)
         if best is not None and followed:
-            _put(kwargs["model"], self.averager, followed)
+            self.averager.put(followed)
             self.averager = None
         if never:
             raise RuntimeError(
@@ -177,21 +195,37 @@ class AveragingCallback(TrainerCallback):
                 "or choose a smaller update_after or update_freq."
             )
 
-    def _check(self, trainer: Trainer, averager: Averager) -> None:
-        """Refuse what would fail, or mislead, during training."""
+    def _go_back(self, args: TrainingArguments, averager: Averager, best: Path) -> None:
+        try:
+            averager.load(best / STATE_FILE)
+        except (OSError, ValueError) as error:
+            # The live weights of the last step are gone from the model, and no average can be read without them.
+            kept = _run_folder(args) / STATE_FILE
+            if args.should_save or averager.sharded:
+                averager.save(kept)
+            raise RuntimeError(
+                f"the Trainer went back to {best}, but the averages cannot: {error} Their state at step "
+                f"{averager.step} is in {kept}; Averager.load reads it beside the live weights of that step."
+            ) from error
+
+    def _refuse(self, trainer: Trainer) -> None:
+        """Refuse what cannot be averaged, whatever the rules."""
         if any(
             isinstance(other, AveragingCallback) and other is not self for other in trainer.callback_handler.callbacks
         ):
             raise ValueError("this Trainer has two AveragingCallbacks; give one, with a mapping of names to rules.")
         if trainer.state.is_hyper_param_search:
             raise NotImplementedError("AveragingCallback does not support hyperparameter_search; train() each trial.")
+        if trainer.is_deepspeed_enabled:
+            raise NotImplementedError(
+                "AveragingCallback does not support DeepSpeed, whose optimizer does not tell when it has stepped. "
+                "Train with FSDP2 (fsdp_version: 2), or in a loop of your own that calls Averager.update()."
+            )
+
+    def _check(self, trainer: Trainer, averager: Averager) -> None:
+        """Refuse what would fail, or mislead, during training."""
         if unknown := sorted(set(self._evaluated(averager)) - averager.rules.keys()):
             raise ValueError(f"evaluate={unknown} are no averages; there are {', '.join(averager.rules)}.")
-        plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-        if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-            raise NotImplementedError(
-                "AveragingCallback exports sharded models with fsdp state_dict_type FULL_STATE_DICT."
-            )
         datasets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
         if clash := sorted(datasets.keys() & averager.rules.keys()):
             raise ValueError(f"{clash} name both averages and evaluation datasets; rename the averages.")
@@ -199,39 +233,67 @@ class AveragingCallback(TrainerCallback):
         if followed and followed not in self._evaluated(averager):
             metric = trainer.args.metric_for_best_model
             raise ValueError(f"metric_for_best_model={metric!r} needs {followed!r}; add it to evaluate.")
+        if averager.sharded and _is_adapter(trainer):
+            plugin = trainer.accelerator.state.fsdp_plugin
+            if plugin is None or "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+                raise NotImplementedError(
+                    "the Trainer writes a sharded adapter only with the fsdp state_dict_type FULL_STATE_DICT; set that."
+                )
+        if trainer.args.should_save:
+            for name in averager.rules:
+                check_destination(_run_folder(trainer.args) / FOLDER / name, [], overwrite=True)
+
+    def _require_followed(self, trainer: Trainer, averager: Averager, step: int) -> None:
+        """Refuse an evaluation at ``step`` that lacks the metric which chooses the best model."""
+        name = self._followed(trainer, averager)
+        if name is None or averager.updates(name):
+            return
+        rule = averager.rules[name]
+        until_then = averager.step + step - trainer.state.global_step
+        if count_updates(rule, until_then) <= count_updates(rule, averager.step):
+            raise ValueError(
+                f"metric_for_best_model={trainer.args.metric_for_best_model!r} is evaluated at step {step}, but before "
+                f"the first update of {name!r} ({rule}). Evaluate later with eval_delay, or choose a smaller "
+                "update_after or update_freq. (If the metric is the live model's, rename the average.)"
+            )
 
     def _evaluated(self, averager: Averager) -> Collection[str]:
         return averager.rules if self._evaluate is None else self._evaluate
 
     def _followed(self, trainer: Trainer, averager: Averager) -> str | None:
         metric = trainer.args.metric_for_best_model
-        return metric and average_of(metric, averager.rules, trainer.eval_dataset)
+        return metric and average_of(metric, averager.rules, trainer.eval_dataset, trainer.state.log_history)
 
     def _save(self, args: TrainingArguments, state: TrainerState) -> None:
         if self.averager is None or self._attachment is None or self._saved_step == state.global_step:
             return
-        trainer, _ = calling_trainer(self)
         checkpoint = _checkpoint(args, state)
-        writes = args.should_save or trainer.is_fsdp_enabled  # shards are gathered from all
+        writes = args.should_save or self.averager.sharded  # shards are gathered from all
         if writes and (not args.save_only_model or args.load_best_model_at_end):
             self.averager.save(checkpoint / STATE_FILE)
         if self._export_at_save:
-            self._export(trainer, self.averager, checkpoint)
+            self._export(calling_trainer(self)[0], self.averager, checkpoint)
         self._saved_step = state.global_step
 
     def _export(self, trainer: Trainer, averager: Averager, folder: Path) -> None:
         for name in averager.rules:
+            out = folder / FOLDER / name
             if not averager.updates(name):
                 logger.warning(f"{name} has had no update at step {averager.step} and is not exported.")
-                continue
-            out = folder / FOLDER / name
-            with averager.applied(name):
                 if trainer.args.should_save:
-                    with Destination(out) as temporary:
-                        trainer.save_model(str(temporary), _internal_call=True)
-                else:
-                    trainer.save_model(str(out), _internal_call=True)  # takes part, writes nothing
-            logger.info(f"The average {name} is saved in {out}.")
+                    remove_export(out)  # an earlier run's, which would be taken for this one's
+            elif averager.sharded and not _is_adapter(trainer):
+                # The Trainer would gather the whole model on its first process, or write shards that nothing loads.
+                model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+                export_model(averager, model, out, name, tokenizer=tokenizer, overwrite=True)
+            else:
+                with averager.applied(name):
+                    if trainer.args.should_save:
+                        with export_folder(out, averager, name) as temporary:
+                            trainer.save_model(str(temporary), _internal_call=True)
+                    else:
+                        trainer.save_model(str(out), _internal_call=True)  # takes part, writes nothing
+                logger.info(f"The average {name} is saved in {out}.")
 
 
 def _run_folder(args: TrainingArguments) -> Path:
@@ -242,10 +304,18 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return _run_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-@torch.no_grad()
-def _put(model: nn.Module, averager: Averager, name: str) -> None:
-    """Make the average the model for good."""
-    averages = averager.read(name)
-    for key, parameter in model.named_parameters():
-        if (key := key.replace("_orig_mod.", "")) in averages:
-            parameter.copy_(averages[key])
+def _best(args: TrainingArguments, state: TrainerState) -> Path | None:
+    """The checkpoint to which the Trainer goes back at the end, as far as is known now; it stays if that is gone."""
+    best = state.best_model_checkpoint if args.load_best_model_at_end else None
+    return Path(best) if best is not None and Path(best).is_dir() else None
+
+
+def _first_evaluation(args: TrainingArguments, state: TrainerState) -> int | None:
+    """The step of the next evaluation, where steps decide."""
+    if args.eval_strategy != "steps":
+        return None
+    return math.ceil(max(state.global_step + 1, args.eval_delay) / state.eval_steps) * state.eval_steps
+
+
+def _is_adapter(trainer: Trainer) -> bool:
+    return hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")

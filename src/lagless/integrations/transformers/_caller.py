@@ -35,6 +35,7 @@ def calling_trainer(callback: TrainerCallback, *arguments: str) -> tuple[Trainer
         frame = frame.f_back
     wanted = f" in a method with {', '.join(arguments)}" if arguments else ""
     raise RuntimeError(
-        f"{type(callback).__name__} finds no Trainer that calls it{wanted}; give it to a transformers.Trainer, or "
-        "follow the optimizer with lagless.Averager(...).attach(optimizer) instead."
+        f"{type(callback).__name__} finds no Trainer that calls it{wanted}; give it to a transformers.Trainer (with "
+        "evaluate=[], if that evaluates in a way of its own), or follow the optimizer with "
+        "lagless.Averager(...).attach(optimizer) instead."
     )

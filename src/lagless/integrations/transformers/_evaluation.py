@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,7 @@ def evaluate_averages(
     for name in names:
         prefix = f"{metric_key_prefix}_{name}"
         began = time.time()
+        _close_bar(trainer)  # the callback that draws it counts on from the evaluation before
         with same_random_state(model), averager.applied(name):
             # A new one, as in evaluate(): an iterator with a state of its own would give the average other batches.
             batches = trainer.get_eval_dataloader(eval_dataset)
@@ -63,26 +64,33 @@ def evaluate_averages(
         count = output.num_samples or 0
         size = trainer.args.eval_batch_size * trainer.args.world_size
         metrics |= speed_metrics(prefix, began, num_samples=count, num_steps=math.ceil(count / size))
-        trainer.log(metrics)
+        trainer.log(dict(metrics))  # to which it adds what is no metric
         merged |= metrics
+    _close_bar(trainer)
     return merged
 
 
-def average_of(metric: str, names: Iterable[str], eval_dataset: Any) -> str | None:
+def average_of(
+    metric: str, names: Iterable[str], eval_dataset: Any, history: Iterable[Mapping[str, Any]] = ()
+) -> str | None:
     """The average whose metric ``metric`` is, or None: the live model's.
 
     Args:
         metric: as in ``metric_for_best_model``; ``eval_`` may be left out.
         names: the averages.
         eval_dataset: the Trainer's; a dictionary's keys are part of the metrics' names.
+        history: what was logged; a metric beside the live model's is its own, whatever it is called.
 
     >>> average_of("eval_bema_loss", ["bema", "ema"], None), average_of("loss", ["bema", "ema"], None)
     ('bema', None)
     >>> average_of("code_ema_accuracy", ["bema", "ema"], {"code": ..., "text": ...})
     'ema'
+    >>> average_of("mean_length", ["mean"], None, [{"eval_runtime": 0.1, "eval_mean_length": 7.0}])
     """
     key = metric if metric.startswith("eval_") else f"eval_{metric}"
     sets = [f"eval_{dataset}" for dataset in eval_dataset] if isinstance(eval_dataset, dict) else ["eval"]
+    if any(key in entry and any(f"{dataset}_runtime" in entry for dataset in sets) for entry in history):
+        return None
     prefixes = {f"{dataset}_{name}_": name for dataset in sets for name in names}
     matching = [prefix for prefix in prefixes if key.startswith(prefix)]
     return prefixes[max(matching, key=len)] if matching else None
@@ -100,6 +108,12 @@ def same_random_state(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+def _close_bar(trainer: Trainer) -> None:
+    for callback in trainer.callback_handler.callbacks:
+        if getattr(callback, "prediction_bar", None) is not None:
+            callback.on_predict(trainer.args, trainer.state, trainer.control, metrics={})
 
 
 def _take_metrics_aside(trainer: Trainer) -> dict[str, float]:

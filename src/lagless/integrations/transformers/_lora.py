@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lagless.averaging import Averager
+from lagless.averaging import Averager, plain_name
 from lagless.rules import Rule
 
 _FIRST_FACTOR = re.compile(r"\.(lora|lora_embedding)_A\.")
@@ -26,7 +26,7 @@ class MergedLoraAverager(Averager):
 
     The nearest matrix of rank r to the average P = U Σ Vᵀ is made of its first r singular directions (Eckart and Young
     1936): B = U_r Σ_r^½, A = Σ_r^½ V_rᵀ. Its distance from P is the root of the sum of the other σ². Trainable
-    parameters beside A and B are averaged as they are.
+    parameters beside A and B are averaged as they are; so is a factor whose other one is frozen, which is exact.
 
     Args:
         model: with LoRA adapters of PEFT on linear layers or embeddings; the trainable ones are averaged.
@@ -34,22 +34,34 @@ class MergedLoraAverager(Averager):
         options: likewise.
 
     Raises:
-        ValueError: if the model has no trainable LoRA adapter, or one on a convolution.
+        NotImplementedError: if an adapter is sharded, or on a convolution.
+        ValueError: if the model has no adapter of which A and B train.
     """
 
     def __init__(self, model: nn.Module, rules: Rule | Mapping[str, Rule], **options: Any) -> None:
-        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trainable = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
         self._factors: dict[str, tuple[str, Tensor, str, Tensor]] = {}
         for first in [name for name in trainable if _FIRST_FACTOR.search(name)]:
             second = _FIRST_FACTOR.sub(r".\1_B.", first)
+            if second not in trainable:
+                continue
             a, b = trainable.pop(first), trainable.pop(second)
             if a.dim() != 2:
-                raise ValueError(
-                    f"{first} belongs to a convolution, whose product BA is not supported; average A and B."
+                raise NotImplementedError(
+                    f"merged_lora: {first} belongs to a convolution, whose product BA is not supported; leave the "
+                    "option out to average A and B."
+                )
+            if hasattr(a, "device_mesh") or hasattr(b, "device_mesh"):
+                raise NotImplementedError(
+                    f"merged_lora: {first} is sharded, and the product BA needs whole factors; train the adapter under "
+                    "DDP, or leave the option out to average A and B."
                 )
             self._factors[_FIRST_FACTOR.sub(r".\1_BA.", first)] = first, a, second, b
         if not self._factors:
-            raise ValueError("merged_lora: the model has no trainable LoRA adapter; leave the option out.")
+            raise ValueError(
+                "merged_lora: the model has no trainable LoRA adapter, or none of which A and B both train; leave the "
+                "option out."
+            )
         self._products = {
             name: torch.empty(len(b), a.shape[1], device=a.device) for name, (_, a, _, b) in self._factors.items()
         }
@@ -70,23 +82,39 @@ class MergedLoraAverager(Averager):
         with super().applied(name):
             live = [(factor, factor.detach().clone()) for _, a, _, b in self._factors.values() for factor in (a, b)]
             try:
-                with torch.no_grad():
-                    for product, (_, a, _, b) in zip(self._products.values(), self._factors.values(), strict=True):
-                        for factor, value in zip((a, b), _nearest_factors(product, len(a)), strict=True):
-                            factor.copy_(value)
+                self._factorize()
                 yield
             finally:
                 with torch.no_grad():
                     for factor, bits in live:
                         factor.copy_(bits)
 
-    def read(self, name: str | None = None, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The averaged weights, A and B in place of their product."""
+    def put(self, name: str | None = None) -> None:
+        """Make the nearest A and B of the average the model's for good."""
         self._multiply()
-        averages = super().read(name)
-        for product, (first, a, second, _) in self._factors.items():
-            averages[first], averages[second] = _nearest_factors(averages.pop(product), len(a))
-        return {key: value if dtype is None else value.to(dtype) for key, value in averages.items()}
+        super().put(name)
+        self._factorize()
+
+    def items(self, name: str | None = None, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The averaged weights one by one, A and B in place of their product."""
+        averages = super().items(name)
+        self._multiply()
+        return ((key, value if dtype is None else value.to(dtype)) for key, value in self._apart(averages))
+
+    def _apart(self, averages: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for key, value in averages:
+            if key in self._factors:
+                first, a, second, _ = self._factors[key]
+                yield from zip((first, second), _nearest_factors(value, len(a)), strict=True)
+            else:
+                yield key, value
+
+    @torch.no_grad()
+    def _factorize(self) -> None:
+        """Give A and B the products' values."""
+        for product, (_, a, _, b) in zip(self._products.values(), self._factors.values(), strict=True):
+            for factor, value in zip((a, b), _nearest_factors(product, len(a)), strict=True):
+                factor.copy_(value)
 
     @torch.no_grad()
     def _multiply(self) -> None:
