@@ -69,9 +69,11 @@ def test_the_page_runs(tmp_path: Path) -> None:
 
 
 def test_the_command_under_torchrun_writes_what_it_writes_alone(results: Results, runs: Path, tmp_path: Path) -> None:
-    run = runs / "2" / "check_stored_checkpoints" / "top"
-    lagless = ["-m", "lagless", "average", str(run), "--rule", "ema", "--max-shard-size", "4KB", "-o"]
-    for name, command in (("alone", lagless), ("together", [*TORCHRUN, *lagless])):
+    stored = runs / "2" / "check_stored_checkpoints"
+    start = str(stored / "single" / "checkpoint-10")
+    average = ["lagless", "average", str(stored / "top"), "--rule", "ema", "--start", start, "--max-shard-size", "4KB"]
+    commands = {"alone": ["-m", *average, "-o"], "together": [*TORCHRUN, "-m", "--", *average, "-o"]}
+    for name, command in commands.items():
         done = subprocess.run(
             [sys.executable, *command, str(tmp_path / name)],
             env=ENV,
