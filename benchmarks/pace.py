@@ -7,7 +7,9 @@ float32 parameters. Run: ``python benchmarks/pace.py [--device cuda] [--repeats 
 from __future__ import annotations
 
 import argparse
+import ctypes
 from pathlib import Path
+from typing import Any
 
 import torch
 from _harness import measure, report, resident_bytes
@@ -101,6 +103,8 @@ def extra_copies(parameters: list[torch.Tensor], size: int, compile: bool) -> fl
         torch.cuda.reset_peak_memory_stats()
         optimizer.step()
         return (torch.cuda.max_memory_allocated() - before) / (4 * size)
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # blocks that the first step has freed are to be counted again
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = resident_bytes()
     optimizer.step()
@@ -113,7 +117,7 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def adamw_and_ema(parameters: list[torch.Tensor], **settings: bool):
+def adamw_and_ema(parameters: list[torch.Tensor], **settings: Any):
     optimizer = torch.optim.AdamW(parameters, **settings)
     live = [p.detach() for p in parameters]
     average = [p.clone() for p in live]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lagless import BEMA, DEMA, EMA, OUEMA, Averager, PowerEMA, UniformAverage, WindowAverage
-from lagless.optim import PACE
+from lagless.optim import PACE, _kernels
 from lagless.optim._motion import motion, motion_on_device, pull_decay
 from lagless.schedules import Tick
 from lagless.testing import OPTIMIZER_CHECKS
@@ -101,12 +101,14 @@ OPTIMIZERS = {
     "dema": lambda params: PACE(params, average=DEMA(update_freq=2)),
     "window": lambda params: PACE(params, average=WindowAverage(window=3)),
     "bfloat16 average": lambda params: PACE(params, average_dtype=torch.bfloat16),
+    "compiled": lambda params: PACE(params, compile=True),
 }
 
 
 @pytest.mark.parametrize("check", OPTIMIZER_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_conformance(name, check):
+def test_conformance(name, check, monkeypatch):
+    monkeypatch.setattr(_kernels, "SMALLEST", 2)  # the suite's tensors are small
     check(OPTIMIZERS[name])
 
 
@@ -356,6 +358,66 @@ def test_statistics_are_those_of_the_definition():
 
 
 @pytest.mark.parametrize(
+    "settings, pulls",
+    [
+        ({"average": EMA(update_freq=2), "gate_pullback": True}, 2),
+        ({"average": EMA(update_after=2)}, 2),
+        ({"pullback": 0.0}, 0),
+    ],
+    ids=str,
+)
+def test_a_step_without_a_pull_counts_with_a_gain_of_zero(settings, pulls):
+    weight = nn.Parameter(torch.linspace(-1.0, 1.0, 5, dtype=torch.float64))
+    optimizer = PACE([weight], lr=0.1, **{"pullback": 1e9} | settings)  # every gain that there is is clamped
+    squares = 0.0
+    with optimizer.recording() as statistics:
+        for step in range(4):
+            weight.grad = torch.cos(weight.detach() + step)
+            before = weight.detach().clone()
+            optimizer.step()
+            squares += (weight.detach() - before).square().sum().item()
+    figures = statistics.read()
+    assert math.isclose(figures["update_norm"], (squares / 4) ** 0.5)
+    assert figures["fraction_clipped"] == figures["gain"] == pulls / 4 and figures["gain_unclamped_min"] == 0.0
+    assert pulls or figures["adamw_norm"] == figures["update_norm"] > figures["pull_norm"] == 0.0
+
+
+def test_a_recording_inside_another_one_ends_alone():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = PACE([weight], lr=0.1)
+    weight.grad = torch.ones(3)
+    with optimizer.recording() as outer:
+        optimizer.step()
+        with optimizer.recording() as inner:
+            optimizer.step()
+        optimizer.step()
+    optimizer.step()
+    assert (outer.steps, inner.steps) == (2, 1)
+
+
+def test_the_gain_of_a_profile_falls_smoothly_between_updates():
+    rule = EMA(half_life_fraction=0.2, update_freq=10)
+    falling = [motion(rule, step).decay for step in range(1, 50)]
+    assert all(a > b > 0.0 for a, b in zip(falling, falling[1:], strict=False))
+    every = EMA(half_life_fraction=0.2)
+    assert falling == [motion(every, step).decay for step in range(1, 50)]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_a_learning_rate_of_one_element_has_any_shape(shape, capturable):
+    def run(lr):
+        weights = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(2, 3))]
+        optimizer = PACE(weights, lr=lr, capturable=capturable)
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        return torch.cat([w.detach().reshape(-1) for w in weights])
+
+    torch.testing.assert_close(run(torch.full(shape, 0.05)), run(0.05))
+
+
+@pytest.mark.parametrize(
     "settings, error, message",
     [
         ({"lr": -1.0}, ValueError, "lr=-1.0"),
@@ -391,6 +453,16 @@ def test_sparse_and_complex_are_named():
     weight.grad = torch.ones_like(weight)
     with pytest.raises(RuntimeError, match="real parameters and dense gradients"):
         PACE([weight]).step()
+
+
+def test_a_refused_step_changes_nothing():
+    first, table = nn.Parameter(torch.ones(3)), nn.Embedding(5, 2, sparse=True)
+    optimizer = PACE([{"params": [first]}, {"params": table.parameters()}], lr=0.1)
+    first.grad = torch.ones(3)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="dense gradients"):
+        optimizer.step()
+    assert torch.equal(first, torch.ones(3)) and not optimizer.state
 
 
 def test_the_state_can_be_copied_while_evaluating():

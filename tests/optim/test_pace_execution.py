@@ -8,9 +8,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lagless import BEMA, EMA
-from lagless.optim import PACE
+from lagless.averaging._rounding import Noise
+from lagless.optim import PACE, Pullback
 from lagless.optim._blocks import _CPU_BLOCK, blocks
-from lagless.optim._executors import SMALLEST
+from lagless.optim._devices import counts
+from lagless.optim._executors import _rounded_at_random
+from lagless.optim._kernels import SMALLEST
 from lagless.optim._motion import motion
 from lagless.updates import pace_constants, pulled_adamw
 
@@ -196,14 +199,142 @@ def tensors_in(tree):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_temporaries_are_as_large_as_a_block(dtype):
-    weight = nn.Parameter(torch.randn(3 * _CPU_BLOCK + 5, dtype=dtype))
-    optimizer = PACE([weight], average=BEMA(update_freq=1))
+@pytest.mark.parametrize("shape", [(3 * _CPU_BLOCK + 5,), (1025, 1024)], ids=["one line", "transposed"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"average": BEMA(update_freq=1)}, {"capturable": True}, {"capturable": True, "average_dtype": torch.bfloat16}],
+    ids=["blocks", "device", "device, bfloat16 average"],
+)
+def test_temporaries_are_as_large_as_a_block(dtype, shape, settings):
+    weight = nn.Parameter(torch.randn(shape, dtype=dtype).t())
+    optimizer = PACE([weight], **settings)
     weight.grad = torch.randn_like(weight)
     optimizer.step()
     with LargestNew() as largest:
         optimizer.step()
     assert 0 < largest.elements <= _CPU_BLOCK
+
+
+def test_blocks_elsewhere_are_a_small_share_of_the_weights():
+    # Half a dozen lists of a block are temporary; weights and state are four times the weights.
+    for shapes in ([(50257, 768), *[(768, 3072)] * 24], [(50257, 1600), *[(1600, 6400)] * 144]):
+        rows = [(torch.empty(shape, device="meta"),) for shape in shapes]
+        sizes = [sum(t.numel() for t in block[0]) for block in blocks(rows)]
+        assert sum(sizes) == sum(row[0].numel() for row in rows)
+        assert 6 * max(sizes) / (4 * sum(sizes)) < 0.02 and len(sizes) < 1000
+
+
+def test_noise_of_pieces_is_that_of_the_whole():
+    value, step = torch.rand(1000) + 1.0, torch.tensor(3.0)
+    whole = _rounded_at_random(value, step, 0)
+    assert torch.equal(whole[600:], _rounded_at_random(value[600:], step, 600))
+    assert not torch.equal(whole[600:], _rounded_at_random(value[600:], step, 0))
+
+
+def test_pieces_of_a_transposed_tensor_take_the_step_of_its_copy():
+    def run(weight, **settings):
+        weight = nn.Parameter(weight)
+        optimizer = PACE([weight], lr=0.05, **settings)
+        for step in range(3):
+            weight.grad = torch.cos(weight.detach() + step)
+            optimizer.step()
+        return weight.detach()
+
+    start = torch.randn(1025, 1024, generator=torch.Generator().manual_seed(0))
+    for settings in ({}, {"capturable": True}):
+        assert torch.equal(run(start.clone().t(), **settings), run(start.t().contiguous(), **settings))
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts the numbers that are asked of tensors: on a device each one is a wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def many(make):
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(20)]
+    optimizer = make(weights)
+    for _ in range(2):
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        PACE,
+        lambda params: Pullback(torch.optim.RMSprop(params)),
+        lambda params: Pullback(torch.optim.AdamW(params, foreach=True)),
+    ],
+    ids=["PACE", "RMSprop", "AdamW"],
+)
+def test_counts_are_not_asked_one_by_one(make):
+    optimizer = many(make)
+    wrapped = getattr(optimizer, "optimizer", None)
+    for use in (optimizer.step, optimizer.read, optimizer.eval):
+        alone = 0
+        if use == optimizer.step and wrapped is not None:
+            with ScalarReads() as reads:
+                wrapped.step()
+            alone = reads.count
+        with ScalarReads() as reads:
+            use()
+        assert reads.count - alone <= 1
+
+
+def test_counts_come_back_in_order():
+    assert counts([3, torch.tensor(1.0), torch.tensor([2.0]), torch.tensor(5), 0]) == [3, 1, 2, 5, 0]
+    assert counts([]) == []
+
+
+class WidestMade(TorchDispatchMode):
+    """Whether any operation makes a float64 tensor with elements of the device."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.float64 = device, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.float64 |= any(t.dtype == torch.float64 and t.device.type == self.device for t in tensors_in(out))
+        return out
+
+
+@pytest.mark.parametrize("average", [EMA(), EMA(half_life_fraction=0.2, update_freq=2)], ids=str)
+def test_a_device_without_float64_is_not_asked_for_it(average, monkeypatch):
+    monkeypatch.setattr("lagless.optim._devices.WITHOUT_FLOAT64", ("cpu",))
+    kernels = []
+    monkeypatch.setattr("lagless.optim._pace.step_in_one_kernel", lambda row, constants: kernels.append(constants))
+    for settings in ({"capturable": True}, {"compile": True}, {}):
+        weight = nn.Parameter(torch.ones(SIZE))
+        optimizer = PACE([weight], average=average, **settings)
+        weight.grad = torch.ones_like(weight)
+        with WidestMade("cpu") as made:
+            optimizer.step()
+            if not settings:
+                with optimizer.recording():
+                    optimizer.step()
+        assert not made.float64
+    assert [constants.dtype for constants in kernels] == [torch.float32]
+
+
+def test_only_bfloat16_averages_need_a_generator(monkeypatch):
+    made = []
+    original = Noise.on
+    monkeypatch.setattr(Noise, "on", lambda self, device: (made.append(1), original(self, device))[1])
+    for make in (PACE, lambda params, **settings: Pullback(torch.optim.AdamW(params), **settings)):
+        for dtype in (None, torch.bfloat16):
+            made.clear()
+            many(lambda params, make=make, dtype=dtype: make(params, average_dtype=dtype))
+            assert bool(made) == (dtype is not None)
 
 
 @pytest.mark.parametrize("sizes", [[0], [3], [_CPU_BLOCK], [_CPU_BLOCK + 1, 2, 0], [5, 2 * _CPU_BLOCK, 7]], ids=str)

@@ -121,6 +121,110 @@ def test_a_load_hook_still_decides_what_is_loaded():
         assert torch.equal(other.state[p]["average"], 0.5 * optimizer.state[p]["average"])
 
 
+@pytest.mark.parametrize("weights", ["kept", "loaded"])
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_a_training_state_loaded_while_evaluating_loses_no_weights(make, weights):
+    model = tied_model()
+    optimizer = make(model.parameters())
+    train(model, optimizer, 3)
+    state, live = copy.deepcopy(optimizer.state_dict()), bits(model)
+    optimizer.eval()
+    if weights == "loaded":  # they stay, in whatever order model and optimizer are loaded
+        live = {name: 2.0 * tensor for name, tensor in live.items()}
+        model.load_state_dict(live)
+    optimizer.load_state_dict(state)
+    assert same(bits(model), live)
+    optimizer.train()
+    assert same(bits(model), live)
+    train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_a_refused_load_while_evaluating_changes_nothing(make):
+    model = tied_model()
+    optimizer = make(model.parameters())
+    train(model, optimizer, 3)
+    live = bits(model)
+    averaged = bits(optimizer.eval() and model)
+    with pytest.raises(ValueError, match="not the state"):
+        optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+    assert same(bits(model), averaged)
+    optimizer.train()
+    assert same(bits(model), live)
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_a_state_saved_while_evaluating_leaves_the_parameters_their_dtype(make, dtypes):
+    model, other = (tied_model(dtype) for dtype in dtypes)
+    optimizer = make(model.parameters())
+    train(model, optimizer, 3)
+    live = bits(model)
+    loaded = make(other.parameters())
+    loaded.load_state_dict(through_file(optimizer.eval().state_dict()))
+    loaded.train()
+    expected = {name: tensor.to(dtypes[1]) for name, tensor in live.items()}
+    assert same(
+        {k: v for k, v in bits(other).items() if k != "1.bias"}, {k: expected[k] for k in expected if k != "1.bias"}
+    )
+    assert all(p.dtype == dtypes[1] for p in other.parameters())
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_a_state_is_not_changed_by_what_follows(make):
+    model = tied_model()
+    optimizer = make(model.parameters())
+    train(model, optimizer, 3)
+    before, during = optimizer.state_dict(), optimizer.eval().state_dict()
+    optimizer.train()
+    assert not any("live" in values for values in before["state"].values())
+    assert any("live" in values for values in during["state"].values())
+    make(tied_model().parameters()).load_state_dict(during)
+
+
+def test_settings_that_a_state_lacks_are_the_defaults():
+    model = tied_model()
+    optimizer = PACE(model.parameters())
+    train(model, optimizer, 1)
+    for name in set(optimizer.defaults) - {"average"}:
+        state = copy.deepcopy(optimizer.state_dict())
+        del state["param_groups"][0][name]
+        other = PACE(model.parameters())
+        other.load_state_dict(state)
+        assert other.param_groups[0][name] == optimizer.defaults[name]
+        train(model, other, 1)
+
+
+def test_a_load_hook_may_make_the_state_of_another_optimizer_fit():
+    model = tied_model()
+    adamw, optimizer = torch.optim.AdamW(model.parameters()), PACE(model.parameters())
+    train(model, adamw, 2)
+
+    def convert(own, state):
+        groups = [
+            {**{k: v for k, v in mine.items() if k != "params"}, "params": theirs["params"]}
+            for mine, theirs in zip(own.param_groups, state["param_groups"], strict=True)
+        ]
+        parameters = dict(enumerate(model.parameters()))
+        values = {i: {**v, "average": parameters[i].detach().clone()} for i, v in state["state"].items()}
+        return {"state": values, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(convert)
+    optimizer.load_state_dict(adamw.state_dict())
+    for p, values in adamw.state.items():
+        assert torch.equal(optimizer.state[p]["exp_avg"], values["exp_avg"]) and optimizer.state[p]["step"] == 2
+    train(model, optimizer, 1)
+
+
+def test_a_module_of_other_parameters_is_not_read():
+    model = tied_model()
+    optimizer = PACE(model.parameters())
+    train(model, optimizer, 1)
+    with pytest.raises(ValueError, match="no parameter of this Sequential is in this PACE"):
+        optimizer.read(copy.deepcopy(model))
+    assert optimizer.read(nn.Sequential(model[1], nn.Linear(2, 2))).keys() == {"0.weight"}
+
+
 def test_reading_goes_by_names_and_leaves_frozen_parameters_out():
     model = tied_model()
     optimizer = PACE(model.named_parameters(), lr=0.02)

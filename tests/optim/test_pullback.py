@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, RMSprop
 
 from lagless import BEMA, DEMA, EMA
-from lagless.optim import PACE, Pullback
+from lagless.optim import PACE, BiasCorrectedAdamW, Pullback
 from lagless.testing import OPTIMIZER_CHECKS
 from lagless.theory import (
     PullRecursion,
@@ -21,7 +21,7 @@ from lagless.theory import (
 
 OPTIMIZERS = {
     "AdamW": lambda params: Pullback(AdamW(params)),
-    "AdamW, foreach, BEMA": lambda params: Pullback(AdamW(params), average=BEMA(update_freq=1)),
+    "AdamW, foreach, BEMA": lambda params: Pullback(AdamW(params, foreach=True), average=BEMA(update_freq=1)),
     "AMSGrad": lambda params: Pullback(Adam(params, amsgrad=True)),
     "RMSprop": lambda params: Pullback(RMSprop(params, centered=True, momentum=0.5)),
     "Adagrad": lambda params: Pullback(Adagrad(params), average_dtype=torch.bfloat16),
@@ -32,8 +32,8 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("check", OPTIMIZER_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_conformance(name, check):
-    if name == "SGD" and check.__name__ == "learning_rate_may_change":
-        pytest.skip("a constant gain pulls at learning rate 0 too")
+    if check.__name__ == "learning_rate_may_change" and name in ("SGD", "AdamW, foreach, BEMA"):
+        pytest.skip("a constant gain pulls at learning rate 0 too; foreach of torch takes no tensor as learning rate")
     check(OPTIMIZERS[name])
 
 
@@ -78,6 +78,7 @@ def test_around_adamw_it_is_pace(settings, base):
             lambda s, t: (s["square_avg"] - s["grad_avg"] ** 2).sqrt() + 1e-3,
         ),
         (lambda p: Adagrad(p, lr=0.05), lambda s, t: s["sum"].sqrt() + 1e-10),
+        (lambda p: Adagrad(p, lr=0.05, lr_decay=0.5), lambda s, t: (s["sum"].sqrt() + 1e-10) * (1 + (t - 1) * 0.5)),
         (
             lambda p: Adam(p, lr=0.05, betas=(0.5, 0.9), amsgrad=True),
             lambda s, t: (s["max_exp_avg_sq"] / (1 - 0.9**t)).sqrt() + 1e-8,
@@ -85,7 +86,7 @@ def test_around_adamw_it_is_pace(settings, base):
         (lambda p: SGD(p, lr=0.05, momentum=0.9), None),
         (lambda p: Muon(p, lr=0.05), None),
     ],
-    ids=["RMSprop", "RMSprop centered", "Adagrad", "AMSGrad", "SGD", "Muon"],
+    ids=["RMSprop", "RMSprop centered", "Adagrad", "Adagrad, lr_decay", "AMSGrad", "SGD", "Muon"],
 )
 def test_the_gain_is_that_of_the_base(make, divisor, c):
     if divisor is None:
@@ -178,6 +179,97 @@ def test_what_it_cannot_wrap_is_refused(base):
         Pullback(PACE([weight]) if base else weight)
 
 
+def test_a_base_that_needs_a_closure_is_refused():
+    with pytest.raises(TypeError, match="LBFGS evaluates its closure"):
+        Pullback(torch.optim.LBFGS([nn.Parameter(torch.ones(2))]))
+
+
+def test_a_base_is_wrapped_once():
+    base = SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(ValueError, match="pullback=-1"):
+        Pullback(base, pullback=-1.0)
+    Pullback(base)
+    with pytest.raises(ValueError, match="SGD has the settings of another Pullback"):
+        Pullback(base, pullback=0.9)
+
+
+def test_a_refused_wrapper_leaves_no_settings_behind():
+    groups = [{"params": [nn.Parameter(torch.ones(2))]}, {"params": [nn.Parameter(torch.ones(2))], "pullback": -1.0}]
+    base = SGD(groups, lr=0.1)
+    with pytest.raises(ValueError, match="pullback=-1"):
+        Pullback(base)
+    assert not any("average" in group for group in base.param_groups)
+
+
+UNKNOWN = {
+    "NAdam": torch.optim.NAdam,
+    "RAdam": torch.optim.RAdam,
+    "Adamax": torch.optim.Adamax,
+    "Adadelta": torch.optim.Adadelta,
+    "Rprop": torch.optim.Rprop,
+    "Adafactor": torch.optim.Adafactor,
+    "BiasCorrectedAdamW": lambda params: BiasCorrectedAdamW(params, cross_fit="none", inverse_correction="none"),
+}
+
+
+@pytest.mark.parametrize("make", UNKNOWN.values(), ids=UNKNOWN)
+def test_around_an_unknown_preconditioner_the_gain_must_be_said(make):
+    start = torch.linspace(-1.0, 2.0, 9).view(3, 3)
+    weight, plain = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    with pytest.raises(ValueError, match="give gain='constant'"):
+        Pullback(make([weight]))
+    optimizer, base = Pullback(make([weight]), 0.5, EMA(decay=0.5), gain="constant"), make([plain])
+    average = start.clone()
+    for step in range(3):
+        before = weight.detach().clone()
+        plain.data.copy_(before)
+        weight.grad = torch.cos(before + step)
+        plain.grad = weight.grad.clone()
+        optimizer.step()
+        base.step()
+        torch.testing.assert_close(weight.detach(), plain.detach() + 0.5 * (average - before))
+        average.lerp_(weight.detach(), 0.5)
+
+
+def test_a_constant_gain_can_be_had_around_adam():
+    def run_with(gain):
+        return run(lambda p: Pullback(AdamW(p, lr=0.05), 0.3, EMA(decay=0.5), gain=gain))[0]
+
+    assert not torch.equal(run_with("constant"), run_with(None))
+    weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="gain='adaptive'"):
+        Pullback(AdamW([weight]), gain="adaptive")
+    with pytest.raises(ValueError, match="give gain='constant'"):
+        Pullback(torch.optim.NAdam([{"params": [weight], "gain": None}]), gain="constant")
+
+
+def test_groups_may_be_added_to_the_base():
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    base = SGD([first], lr=0.1)
+    optimizer = Pullback(base, pullback=0.3)
+    base.add_param_group({"params": [second]})
+    optimizer.state_dict()
+    for _ in range(3):
+        first.grad, second.grad = torch.ones(2), torch.ones(2)
+        optimizer.step()
+    assert torch.equal(first, second) and optimizer.read().keys() == {"0", "1"}
+    with optimizer.applied():
+        assert torch.equal(first, optimizer.read()["0"])
+    resumed = Pullback(SGD([{"params": [p]} for p in (first, second)], lr=0.1))
+    resumed.load_state_dict(optimizer.state_dict())
+    assert [group["pullback"] for group in resumed.param_groups] == [0.3, 0.3]
+
+
+def test_the_base_takes_in_groups_in_its_own_way():
+    base = BiasCorrectedAdamW([("a", nn.Parameter(torch.ones(2)))])
+    wrapped = Pullback(base, gain="constant")
+    wrapped.add_param_group(
+        {"params": [("b", nn.Parameter(torch.ones(2))), ("embed", nn.Parameter(torch.ones(2)))], "pullback": 0.7}
+    )
+    assert [group["cross_fit"] == "none" for group in base.param_groups] == [False, False, True]
+    assert [group["pullback"] for group in base.param_groups] == [0.15, 0.7, 0.7]
+
+
 def test_settings_are_checked_and_shared_with_the_base():
     weight = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="pullback=nan"):
@@ -191,8 +283,11 @@ def test_settings_are_checked_and_shared_with_the_base():
     optimizer.step()
     scheduler.step()
     assert base.param_groups[0]["lr"] == 0.05
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.3})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.3, "pullback": 0.2})
     assert [group["lr"] for group in base.param_groups] == [0.05, 0.3]
+    assert [group["pullback"] for group in base.param_groups] == [0.7, 0.2]
+    with pytest.raises(ValueError, match="pullback=-1"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "pullback": -1})
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.param_groups is optimizer.optimizer.param_groups and optimizer.state is optimizer.optimizer.state
     with pytest.raises(ValueError, match="not the state of a Pullback"):

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lagless.averaging._buffers import buffer_dtype
+from lagless.optim._blocks import local
+from lagless.optim._devices import counts
 from lagless.optim._motion import coefficients
-from lagless.rules import Read, Rule, Snapshot, Start, rule_from_dict, rule_to_dict
+from lagless.rules import Read, Rule, rule_from_dict, rule_to_dict
 
 Self = TypeVar("Self", bound="AveragedOptimizer")
 
@@ -69,12 +72,8 @@ class AveragedOptimizer(Optimizer):
         if self._evaluating:
             for parameter in self._parameters():
                 live = self.state[parameter].pop(LIVE, None) if parameter in self.state else None
-                if live is None:
-                    continue
-                if (parameter.dtype, parameter.device) == (live.dtype, live.device):
-                    parameter.detach().copy_(live)
-                else:
-                    parameter.data = live
+                if live is not None:
+                    _put(parameter, live)
             self._set_evaluating(False)
         return self
 
@@ -92,11 +91,17 @@ class AveragedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: before the first update of the average.
+            ValueError: if ``module`` has no parameter of this optimizer.
         """
+        if module is not None and not {*module.parameters()} & {*self._parameters()}:
+            raise ValueError(
+                f"no parameter of this {type(module).__name__} is in this {type(self).__name__}; read the module whose "
+                "parameters it was given, not a copy."
+            )
         self._require_average()
         values = {p: v if dtype is None else v.to(dtype) for p, v in self._values()}
         if module is None:
-            names = [name for group in self.param_groups for name in group.get("param_names", group["params"])]
+            names = [name for group in self._groups for name in group.get("param_names", group["params"])]
             pairs = zip(names, self._parameters(), strict=True)
             named = [(name if isinstance(name, str) else str(i), p) for i, (name, p) in enumerate(pairs)]
         else:
@@ -104,51 +109,69 @@ class AveragedOptimizer(Optimizer):
         return {name: values[p] for name, p in named if p in values}
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim`` has it; rules are plain JSON, and nothing in it needs code to be loaded."""
+        """As ``torch.optim`` has it; rules are plain JSON, and nothing in it needs code to be loaded.
+
+        What a later :meth:`eval` or :meth:`train` takes into or out of the state is not seen in it; the tensors are
+        shared.
+        """
         state = super().state_dict()
-        for group in state["param_groups"]:
-            group["average"] = rule_to_dict(group["average"])
+        state["state"] = {index: dict(values) for index, values in state["state"].items()}
+        for group, own in zip(state["param_groups"], self._groups, strict=True):
+            group["average"] = rule_to_dict(own["average"])
         return state
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state of :meth:`state_dict`. Tensors keep their own dtype, also under bfloat16 parameters.
 
         A state saved after :meth:`eval` leaves this optimizer evaluating, whatever the parameters hold now:
-        :meth:`train` puts the saved live weights into them.
+        :meth:`train` puts the saved live weights into them. One saved before it leaves this optimizer training:
+        parameters that hold the average get their live weights back, and weights that were loaded meanwhile stay. Save
+        model and optimizer without switching in between: what a model file holds cannot be told from a state.
 
         Raises:
             ValueError: if the state is another optimizer's, or lacks what the average needs.
         """
         given: dict[str, Any] = {}
-        self._check_state(state_dict)
-        groups = [{**g, "average": rule_from_dict(g["average"])} for g in state_dict["param_groups"]]
-        seen = self.register_load_state_dict_pre_hook(lambda _, state: given.update(state))  # after all other hooks
+
+        def check(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            given.update(state, param_groups=self._checked_groups(state))
+            return given
+
+        waiting = list(self._live_weights())
+        last = self.register_load_state_dict_pre_hook(check)
         try:
-            super().load_state_dict({**state_dict, "param_groups": groups})
+            super().load_state_dict(state_dict)
         finally:
-            seen.remove()
+            last.remove()
         # torch casts floating-point state to the parameters' dtype; averages and moments have their own.
         indices = [i for group in given["param_groups"] for i in group["params"]]
         for index, parameter in zip(indices, self._parameters(), strict=True):
             held = self.state[parameter] if parameter in self.state else {}
             for name, value in given["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and held[name].dtype != value.dtype and name != "step":
+                if isinstance(value, Tensor) and held[name].dtype != value.dtype and name not in ("step", LIVE):
                     held[name] = value.to(held[name].device)
+        if not self._evaluating:
+            for parameter, live in waiting:
+                _put(parameter, live)
 
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        if any("average" not in group for group in state_dict["param_groups"]):
-            raise ValueError(
-                f"this is not the state of a {type(self).__name__}: its groups have no 'average'. "
-                "To go on from another optimizer, start with a new state."
-            )
-        for group in state_dict["param_groups"]:
-            rule = rule_from_dict(group["average"])
-            for index in group["params"]:
+    def _checked_groups(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+        """The groups of a state with all settings, and rules for their description."""
+        groups = []
+        for given in state_dict["param_groups"]:
+            if "average" not in given:
+                raise ValueError(
+                    f"this is not the state of a {type(self).__name__}: its groups have no 'average'. "
+                    "To go on from another optimizer, start with a new state."
+                )
+            rule = given["average"] if isinstance(given["average"], Rule) else rule_from_dict(given["average"])
+            groups.append({**self.defaults, **given, "average": rule})
+            for index in given["params"]:
                 state = state_dict["state"].get(index)
                 if state is None:
                     continue
                 needed = {self.step_key, *average_keys(rule)}
-                if group["evaluating"] and coefficients(rule, int(state.get(self.step_key, 0))) is not None:
+                if groups[-1]["evaluating"] and coefficients(rule, int(state.get(self.step_key, 0))) is not None:
                     needed.add(LIVE)
                 missing = sorted(needed - state.keys())
                 if missing and not needed.isdisjoint(state):  # a wrapped optimizer may have state before any step
@@ -156,18 +179,30 @@ class AveragedOptimizer(Optimizer):
                         f"the state of parameter {index} lacks {', '.join(missing)}; it was saved incompletely. Call "
                         "train() before saving with a tool that keeps only known entries."
                     )
+        return groups
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    def _live_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The parameters that hold their average, and nothing that was put there since, with their live weights."""
+        if self._evaluating:
+            for parameter, value in self._values():
+                live = self.state[parameter].get(LIVE)
+                if live is not None and torch.equal(local(parameter), local(value).to(parameter.dtype)):
+                    yield parameter, live
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameter groups with all settings, which one that was added to a wrapped optimizer does not have."""
         for group in self.param_groups:
-            group.setdefault("evaluating", False)
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        return self.param_groups
 
     @property
     def _evaluating(self) -> bool:
-        return any(group["evaluating"] for group in self.param_groups)
+        return any(group["evaluating"] for group in self._groups)
 
     def _set_evaluating(self, value: bool) -> None:
-        for group in self.param_groups:
+        for group in self._groups:
             group["evaluating"] = value
 
     def _refuse_while_evaluating(self, action: str) -> None:
@@ -179,20 +214,18 @@ class AveragedOptimizer(Optimizer):
 
     def _require_average(self) -> None:
         if all(read is None for _, _, read in self._reads()):
-            rules = ", ".join(dict.fromkeys(str(group["average"]) for group in self.param_groups))
+            rules = ", ".join(dict.fromkeys(str(group["average"]) for group in self._groups))
             raise RuntimeError(f"there is no average yet: {rules} has had no update. Read it later.")
 
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        return [p for group in self._groups for p in group["params"]]
 
     def _reads(self) -> Iterator[tuple[Tensor, Rule, Read | None]]:
         """Every parameter, its rule, and how its average is read now; None where there is none yet."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter] if parameter in self.state else {}
-                started = self.step_key in state
-                read = coefficients(group["average"], int(state[self.step_key])) if started else None
-                yield parameter, group["average"], read
+        rules = [(p, group["average"]) for group in self._groups for p in group["params"]]
+        steps = counts([self.state[p].get(self.step_key, 0) if p in self.state else 0 for p, _ in rules])
+        for (parameter, rule), step in zip(rules, steps, strict=True):
+            yield parameter, rule, coefficients(rule, step) if step else None
 
     def _values(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Every parameter that has an average, and the average in float32 or wider."""
@@ -211,17 +244,19 @@ def average_keys(rule: Rule) -> list[str]:
 
 
 def new_buffers(rule: Rule, start: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The rule's buffers for one parameter, copies of ``start``: iterates in its dtype, averages in ``dtype``, by
-    default float32 or wider.
-    """
-    kinds = [
-        start.dtype if isinstance(label, Start | Snapshot) else dtype or torch.promote_types(start.dtype, torch.float32)
-        for label in rule.labels
-    ]
+    """The rule's buffers for one parameter, copies of ``start``; averages are stored in ``dtype``, if it is given."""
     return {
-        key: start.detach().to(kind, copy=True, memory_format=torch.preserve_format)
-        for key, kind in zip(average_keys(rule), kinds, strict=True)
+        key: start.detach().to(buffer_dtype(label, start.dtype, dtype), copy=True, memory_format=torch.preserve_format)
+        for key, label in zip(average_keys(rule), rule.labels, strict=True)
     }
+
+
+def _put(parameter: Tensor, live: Tensor) -> None:
+    """Put the live weights into a parameter, whose dtype or device may have changed meanwhile."""
+    if (parameter.dtype, parameter.device) == (live.dtype, live.device):
+        parameter.detach().copy_(live)
+    else:
+        parameter.data = live
 
 
 def _combine(terms: list[tuple[Tensor, float]]) -> Tensor:

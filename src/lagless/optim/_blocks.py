@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from lagless.averaging._buffers import pieces
+
 # Elements. On CPUs the half dozen lists of a block, 1 MiB each, stay in cache from one operation to the next; elsewhere
-# a launch costs more, and a block is what bounds temporaries.
-_CPU_BLOCK, _BLOCK = 1 << 18, 1 << 24
+# a launch costs more, and a block is what bounds temporaries: half a dozen of them are about 1 % of weights and state.
+_CPU_BLOCK, _BLOCK, _SHARE = 1 << 18, 1 << 24, 1 << 7
 
 Row = tuple[Tensor, ...]
 """The tensors of one parameter: itself, its gradient, its state, all of one shape."""
@@ -22,11 +24,11 @@ def blocks(rows: Sequence[Row]) -> Iterator[list[list[Tensor]]]:
     """
     if not rows:
         return
-    size = _CPU_BLOCK if rows[0][0].device.type == "cpu" else _BLOCK
+    size = block_size(rows)
     block: list[list[Tensor]] = [[] for _ in rows[0]]
     room = size
     for row in rows:
-        for piece in _pieces(row, size):
+        for piece in cut(row, size):
             if block[0] and room < piece[0].numel():
                 yield block
                 block, room = [[] for _ in row], size
@@ -43,9 +45,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
-def _pieces(row: Row, size: int) -> Iterator[Row]:
-    """The row in pieces of at most ``size`` elements; as it is where it is small or does not lie in one line."""
-    if row[0].numel() <= size or not all(t.is_contiguous() for t in row):
-        yield row
-    else:
-        yield from zip(*(t.view(-1).split(size) for t in row), strict=True)
+def block_size(rows: Sequence[Row]) -> int:
+    """How many elements of each column to work on at a time."""
+    if rows[0][0].device.type == "cpu":
+        return _CPU_BLOCK
+    return max(_CPU_BLOCK, min(_BLOCK, sum(row[0].numel() for row in rows) // _SHARE))
+
+
+def cut(row: Row, size: int) -> Iterator[Row]:
+    """The row in order, in pieces of at most ``size`` elements."""
+    flat = all(t.is_contiguous() for t in row)
+    return zip(*(pieces(t, size, flat) for t in row), strict=True)

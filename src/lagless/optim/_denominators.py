@@ -18,15 +18,23 @@ class Denominator(NamedTuple):
     Attributes:
         names: of the state's tensors that it takes, from a parameter group.
         compute: from these tensors for many parameters, one list per name, the group and the step to new tensors D.
+        needs_step: whether D depends on the step; elsewhere it may be any number.
     """
 
     names: Callable[[dict[str, Any]], tuple[str, ...]]
     compute: Callable[[list[Tensors], dict[str, Any], float], Tensors]
+    needs_step: bool
 
 
 def denominator_of(optimizer: Optimizer) -> Denominator | None:
     """D of ``optimizer``, or None if it has no diagonal preconditioner that is known here."""
     return next((d for kind, d in _KNOWN.items() if isinstance(optimizer, kind)), None)
+
+
+def is_plain(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer`` is known to have no diagonal preconditioner."""
+    plain = [getattr(torch.optim, name, None) for name in ("SGD", "Muon")]  # older releases have no Muon
+    return isinstance(optimizer, tuple(kind for kind in plain if kind is not None))
 
 
 def _adam_names(group: dict[str, Any]) -> tuple[str, ...]:
@@ -57,15 +65,16 @@ def _rmsprop(columns: list[Tensors], group: dict[str, Any], step: float) -> Tens
 
 
 def _adagrad(columns: list[Tensors], group: dict[str, Any], step: float) -> Tensors:
-    """(Σ g²)^½ + ε."""
-    del step
+    """((Σ g²)^½ + ε)(1 + (t - 1)·lr_decay): the learning rate that falls is part of D."""
     denominator = list(torch._foreach_sqrt(columns[0]))
     torch._foreach_add_(denominator, group["eps"])
+    if group["lr_decay"] != 0.0:
+        torch._foreach_mul_(denominator, 1.0 + (step - 1.0) * group["lr_decay"])
     return denominator
 
 
 _KNOWN: dict[type[Optimizer], Denominator] = {
-    Adam: Denominator(_adam_names, _adam),  # AdamW is one
-    RMSprop: Denominator(_rmsprop_names, _rmsprop),
-    Adagrad: Denominator(lambda group: ("sum",), _adagrad),
+    Adam: Denominator(_adam_names, _adam, needs_step=True),  # AdamW is one
+    RMSprop: Denominator(_rmsprop_names, _rmsprop, needs_step=False),
+    Adagrad: Denominator(lambda group: ("sum",), _adagrad, needs_step=True),
 }

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lagless.averaging._rounding import stochastic_round_
-from lagless.optim._blocks import Row, blocks
+from lagless.averaging._buffers import RowUpdate, move
+from lagless.averaging._rounding import Noise
+from lagless.optim._blocks import Row, blocks, cut
+from lagless.optim._kernels import compiled, flat
 from lagless.optim._motion import Motion
 from lagless.optim._statistics import Statistics
 from lagless.rules import Read, Update
 from lagless.updates import PaceConstants, pulled_adamw
 
-SMALLEST = 1 << 16  # elements: below this, calling a compiled kernel costs more than it saves
-
 Columns = list[list[Tensor]]
 
 
 def step_in_blocks(
-    rows: Sequence[Row], k: PaceConstants, motion: Motion, seed: int, statistics: Statistics | None = None
+    rows: Sequence[Row], k: PaceConstants, motion: Motion, noise: Noise, statistics: Statistics | None = None
 ) -> None:
     """One step of the parameters in ``rows``, in cache-sized blocks; temporaries are as large as a block.
 
@@ -32,10 +31,9 @@ def step_in_blocks(
         rows: (weights, gradient, first moment, second moment, buffers...) of each parameter; modified in place.
         k: numbers.
         motion: what the average does.
-        seed: of the rounding of bfloat16 averages.
+        noise: of the rounding of bfloat16 averages.
         statistics: where to count what the pull does.
     """
-    generator: torch.Generator | None = None
     for theta, grad, m, v, *buffers in blocks(rows):
         wide = torch.promote_types(theta[0].dtype, torch.float32)
         weights, grad = widened(theta, wide), widened(grad, wide)
@@ -54,16 +52,17 @@ def step_in_blocks(
         torch._foreach_addcdiv_(weights, m, denominator, -k.rate)
         if distance is not None:
             pull_(weights, denominator, distance, k.pull, k.ceiling)
-        if statistics is not None and distance is not None:
-            statistics.count(before, weights, denominator, distance, k.ceiling)
+        if statistics is not None:
+            gains = denominator
+            if distance is None:
+                gains = distance = [torch.zeros_like(w) for w in weights]
+            statistics.count(before, weights, gains, distance, k.ceiling)
 
         if weights is not theta:
             torch._foreach_copy_(theta, weights)
             torch._foreach_copy_(weights, theta)  # the average is of the weights as they were rounded
         if motion.update is not None:
-            if generator is None:
-                generator = torch.Generator(theta[0].device).manual_seed(seed)
-            move(buffers, motion.update, weights, generator)
+            move_average(buffers, motion.update, weights, noise)
 
 
 def pull_(
@@ -92,31 +91,13 @@ def towards(target: Read, buffers: Columns, weights: list[Tensor]) -> list[Tenso
     return distance
 
 
-def move(buffers: Columns, update: Update, weights: list[Tensor], generator: torch.Generator) -> None:
+def move_average(buffers: Columns, update: Update, weights: list[Tensor], noise: Noise) -> None:
     """``b ← M b + v θ`` in place: from the last buffer to the first, each sees the others' old values."""
     for i in reversed(range(len(buffers))):
         keep, live = update.matrix[i][i], update.live[i]
-        others = [(buffers[j], w) for j, w in enumerate(update.matrix[i]) if w != 0.0 and j != i]
-        if keep == 1.0 and live == 0.0 and not others:
-            continue
-        if keep == 0.0 and live == 1.0:
-            torch._foreach_copy_(buffers[i], weights)
-            continue
-        wide = torch.promote_types(buffers[i][0].dtype, weights[0].dtype)
-        value, theta = widened(buffers[i], wide), widened(weights, wide)
-        if others:
-            torch._foreach_mul_(value, keep)
-            for buffer, weight in others:
-                torch._foreach_add_(value, widened(buffer, wide), alpha=weight)
-            torch._foreach_add_(value, theta, alpha=live)
-        else:
-            torch._foreach_lerp_(value, theta, live)
-        if value is not buffers[i]:
-            for into, exact in zip(buffers[i], value, strict=True):
-                if into.dtype == torch.bfloat16:
-                    stochastic_round_(into, exact.float(), generator)
-                else:
-                    into.copy_(exact)
+        others = tuple((j, w) for j, w in enumerate(update.matrix[i]) if w != 0.0 and j != i)
+        if others or live != 0.0 or keep != 1.0:
+            move(buffers, RowUpdate(i, keep, others, live), weights, noise)
 
 
 def widened(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -124,22 +105,29 @@ def widened(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return tensors if tensors[0].dtype == dtype else [t.to(dtype) for t in tensors]
 
 
-def step_in_one_pass(row: Row, constants: Tensor, compile: bool) -> None:
-    """One step of one parameter whose average is a single buffer: everything is read and written once, if compiled.
+def step_in_one_kernel(row: Row, constants: Tensor) -> None:
+    """One step of one parameter whose average is a single buffer: everything is read and written once.
 
     Args:
-        row: weights, gradient, first moment, second moment, average; modified in place.
-        constants: :class:`PaceConstants` and the step as one float64 tensor on the device of the weights, so that new
-            values need neither a new kernel nor a host sync.
-        compile: make it one kernel of ``torch.compile``; all of ``row`` must be contiguous.
+        row: weights, gradient, first moment, second moment, average, all contiguous; modified in place.
+        constants: :class:`PaceConstants` and the step as one tensor on the device of the weights, so that new values
+            need neither a new kernel nor a host sync.
     """
-    run: Callable[..., None] = _compiled() if compile else _one_pass
-    run(*(map(_flat, row) if compile else row), constants.to(row[2].dtype))
-    if compile:
-        increment_version(row[0])  # autograd notices changed weights only through the tensors it knows
+    compiled(_one_pass)(*map(flat, row), constants.to(row[2].dtype))
+    increment_version(row[0])  # autograd notices changed weights only through the tensors it knows
 
 
-def _one_pass(theta: Tensor, grad: Tensor, m: Tensor, v: Tensor, average: Tensor, constants: Tensor) -> None:
+def step_on_device(row: Row, constants: Tensor, size: int) -> None:
+    """The step of :func:`step_in_one_kernel` without compiling; temporaries are of ``size`` elements."""
+    first = 0
+    for theta, grad, m, v, average in cut(row, size):
+        _one_pass(theta, grad, m, v, average, constants.to(m.dtype), first)
+        first += theta.numel()
+
+
+def _one_pass(
+    theta: Tensor, grad: Tensor, m: Tensor, v: Tensor, average: Tensor, constants: Tensor, first: int = 0
+) -> None:
     wide = m.dtype
     *numbers, step = constants.unbind()
     k = PaceConstants(*numbers)
@@ -147,34 +135,22 @@ def _one_pass(theta: Tensor, grad: Tensor, m: Tensor, v: Tensor, average: Tensor
     weights, new_m, new_v = pulled_adamw(theta.to(wide), grad.to(wide), m, v, target, k)
     rounded = weights.to(theta.dtype)
     moved = target + k.average * (rounded.to(wide) - target)
-    average.copy_(_rounded_at_random(moved, step) if average.dtype == torch.bfloat16 else moved)
+    average.copy_(_rounded_at_random(moved, step, first) if average.dtype == torch.bfloat16 else moved)
     theta.copy_(rounded)
     m.copy_(new_m)
     v.copy_(new_v)
 
 
-def _rounded_at_random(value: Tensor, step: Tensor) -> Tensor:
-    """``value`` to bfloat16, up or down at random so that the expectation is ``value``.
+def _rounded_at_random(value: Tensor, step: Tensor, first: int) -> Tensor:
+    """``value``, a tensor from element ``first`` on, to bfloat16, up or down at random, with ``value`` as expectation.
 
     The noise is a hash of an element's place and the step, so that a kernel needs no generator, and a resumed run draws
     it again. The rounding is that of :func:`lagless.averaging._rounding.stochastic_round_`.
     """
     bits = value.float().view(torch.int32)
-    place = torch.arange(value.numel(), dtype=torch.int32, device=value.device).view(value.shape)
+    place = torch.arange(first, first + value.numel(), dtype=torch.int32, device=value.device).view(value.shape)
     mixed = (place + step.to(torch.int32) * 0x3C6EF372) * 0x2C1B3C6D
     mixed = (mixed ^ ((mixed >> 12) & 0xFFFFF)) * 0x297A2D39
     noise = (mixed ^ ((mixed >> 15) & 0x1FFFF)) & 0xFFFF
     finite = value.abs() < float("inf")
     return torch.where(finite, (bits + noise) & -(1 << 16), bits).view(torch.float32).to(torch.bfloat16)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The same memory in one dimension. Not a view: a compiled function would be compiled anew for every shape seen."""
-    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), (tensor.numel(),), (1,))
-
-
-@cache
-def _compiled() -> Callable[..., None]:
-    # Without that option casts down and up again are dropped, and the average would be of unrounded weights.
-    return torch.compile(_one_pass, dynamic=True, fullgraph=True, options={"emulate_precision_casts": True})

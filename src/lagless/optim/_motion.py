@@ -74,10 +74,13 @@ def coefficients(rule: Rule, step: int) -> Read | None:
 def pull_decay(rule: Rule, tick: Tick) -> float:
     """d_t: the gain β_t with which the average takes in an iterate, where β falls with time; 1 where it is constant.
 
-    The average that counts is the first one of ``rule.labels``, for BEMA its ema.
+    The average that counts is the first one of ``rule.labels``, for BEMA its ema. Where β depends on the steps since
+    the last update, d_t is that of a single step: it falls smoothly while the average rests.
     """
     gain = next((label.gain for label in rule.labels if isinstance(label, Average)), None)
-    return 1.0 if gain is None or isinstance(gain, ConstantGain | HalfLifeGain) else gain(tick)
+    if gain is None or isinstance(gain, ConstantGain | HalfLifeGain):
+        return 1.0
+    return gain(tick._replace(previous=tick.step - 1))
 
 
 def motion_on_device(rule: Rule, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +88,7 @@ def motion_on_device(rule: Rule, steps: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         rule: one that :func:`check_capturable` accepts.
-        steps: shape (n,), float64.
+        steps: shape (n,), float64 where the device has it.
 
     Returns:
         Two tensors of shape (n,).
@@ -93,8 +96,9 @@ def motion_on_device(rule: Rule, steps: Tensor) -> tuple[Tensor, Tensor]:
     after, every = rule.update_after, rule.update_freq
     number = ((steps - after - 1).clamp(min=0) / every).floor() + 1  # of the update that is next, or now
     gain: Any = _gain(rule)  # of a tick of tensors it is a tensor
-    beta = gain(Tick(*cast(Any, (steps, after + (number - 1) * every, number)))) * torch.ones_like(steps)
-    decay = torch.ones_like(steps) if isinstance(gain, ConstantGain) else beta
+    ones = torch.ones_like(steps)
+    beta = gain(Tick(*cast(Any, (steps, after + (number - 1) * every, number)))) * ones
+    decay = ones if isinstance(gain, ConstantGain) else gain(Tick(*cast(Any, (steps, steps - 1, number)))) * ones
     follows, due = steps <= after, (steps - after) % every == 0
     return torch.where(follows, 1.0, torch.where(due, beta, 0.0)), torch.where(follows, 0.0, decay)
 

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lagless.averaging._rounding import Noise
 from lagless.optim._averaged import AveragedOptimizer, average_keys, new_buffers
-from lagless.optim._blocks import Row, local
-from lagless.optim._executors import SMALLEST, step_in_blocks, step_in_one_pass
+from lagless.optim._blocks import Row, block_size, local
+from lagless.optim._devices import counts, exact_dtype
+from lagless.optim._executors import step_in_blocks, step_in_one_kernel, step_on_device
+from lagless.optim._kernels import fits_kernel
 from lagless.optim._motion import check_capturable, motion, motion_on_device
 from lagless.optim._settings import check_average, check_between, check_dtype
 from lagless.optim._statistics import Statistics
@@ -144,8 +147,11 @@ class PACE(AveragedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
+        due = [[p for p in group["params"] if p.grad is not None] for group in self._groups]
+        for parameter in (p for parameters in due for p in parameters):
+            if parameter.is_complex() or parameter.grad is None or parameter.grad.layout != torch.strided:
+                raise RuntimeError("PACE needs real parameters and dense gradients; use SparseAdam or view_as_real.")
+        for group, parameters in zip(self.param_groups, due, strict=True):
             for parameter in parameters:
                 self._prepare(parameter, group)
             if group["capturable"] and self._statistics is None:
@@ -160,21 +166,21 @@ class PACE(AveragedOptimizer):
     def recording(self) -> Iterator[Statistics]:
         """Statistics of the steps inside the ``with`` block: how much is clamped, gains and norms.
 
-        Recorded steps go block by block, also with ``compile`` and ``capturable``.
+        Recorded steps go block by block, also with ``compile`` and ``capturable``. Of a block inside another one, the
+        inner one records.
 
         Raises:
             RuntimeError: on a read without any step recorded.
         """
-        self._statistics = statistics = Statistics()
+        outer, statistics = self._statistics, Statistics()
+        self._statistics = statistics
         try:
             yield statistics
         finally:
-            self._statistics = None
+            self._statistics = outer
 
     def _prepare(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Refuse what cannot be stepped, and make the state of a parameter at its first step."""
-        if parameter.is_complex() or parameter.grad is None or parameter.grad.layout != torch.strided:
-            raise RuntimeError("PACE needs real parameters and dense gradients; use SparseAdam or view_as_real.")
+        """Make the state of a parameter at its first step."""
         state = self.state[parameter]
         if state:
             return
@@ -195,8 +201,8 @@ class PACE(AveragedOptimizer):
         steps = [self.state[p]["step"] for p in parameters]
         if steps:
             torch._foreach_add_(steps, 1.0)
-        for row, step in zip(self._rows(parameters, group), steps, strict=True):
-            kinds[int(step), row[0].device, tuple(t.dtype for t in row)].append(row)
+        for row, step in zip(self._rows(parameters, group), counts(steps), strict=True):
+            kinds[step, row[0].device, tuple(t.dtype for t in row)].append(row)
         rule: Rule = group["average"]
         for index, ((step, device, _), rows) in enumerate(kinds.items()):
             moves = motion(rule, step)
@@ -204,13 +210,14 @@ class PACE(AveragedOptimizer):
             k = _constants(group, step, float(group["lr"]), moves.decay if pulls else 0.0, moves.weight or 0.0)
             others = rows
             if group["compile"] and moves.weight is not None and self._statistics is None:
-                constants, others = torch.tensor((*k, step), dtype=torch.float64).to(device), []
+                numbers = torch.tensor((*k, step), dtype=exact_dtype(device))
+                constants, others = numbers.to(device, non_blocking=True), []
                 for row in rows:
-                    if _can_compile(row):
-                        step_in_one_pass(row, constants, compile=True)
+                    if fits_kernel(row):
+                        step_in_one_kernel(row, constants)
                     else:
                         others.append(row)
-            step_in_blocks(others, k, moves, seed=step * 1000 + index, statistics=self._statistics)
+            step_in_blocks(others, k, moves, Noise(index, step), self._statistics)
 
     def _step_on_device(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """As :meth:`_step`, with step counts and all that follows from them on the device."""
@@ -220,13 +227,18 @@ class PACE(AveragedOptimizer):
         for same in devices.values():
             steps = [self.state[p]["step"] for p in same]
             torch._foreach_add_(steps, 1.0)
-            t = torch.stack(steps).double()
+            t = torch.stack(steps).to(exact_dtype(steps[0].device))
             weight, decay = motion_on_device(group["average"], t)
             pulls = torch.where(weight > 0.0, decay, 0.0) if group["gate_pullback"] else decay
-            k = _constants(group, t, group["lr"], pulls, weight)
+            lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+            k = _constants(group, t, lr, pulls, weight)
             columns = [x.expand_as(t) if isinstance(x, Tensor) else torch.full_like(t, x) for x in (*k, t)]
-            for row, constants in zip(self._rows(same, group), torch.stack(columns, dim=1).unbind(), strict=True):
-                step_in_one_pass(row, constants, compile=group["compile"] and _can_compile(row))
+            rows = list(self._rows(same, group))
+            for row, constants in zip(rows, torch.stack(columns, dim=1).unbind(), strict=True):
+                if group["compile"] and fits_kernel(row):
+                    step_in_one_kernel(row, constants)
+                else:
+                    step_on_device(row, constants, block_size(rows))
 
 
 def _constants(group: dict[str, Any], step: Any, lr: Any, decay: Any, weight: Any) -> PaceConstants:
@@ -241,10 +253,6 @@ def _constants(group: dict[str, Any], step: Any, lr: Any, decay: Any, weight: An
         maximize=group["maximize"],
         average=weight,
     )
-
-
-def _can_compile(row: Row) -> bool:
-    return row[0].numel() >= SMALLEST and all(t.is_contiguous() for t in row)
 
 
 def _local_gradient(parameter: Tensor) -> Tensor:

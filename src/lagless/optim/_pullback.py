@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lagless.averaging._rounding import Noise
 from lagless.optim._averaged import AveragedOptimizer, average_keys, new_buffers
 from lagless.optim._blocks import Row, blocks, local
-from lagless.optim._denominators import Denominator, denominator_of
-from lagless.optim._executors import move, pull_, towards, widened
+from lagless.optim._denominators import Denominator, denominator_of, is_plain
+from lagless.optim._devices import counts
+from lagless.optim._executors import move_average, pull_, towards, widened
 from lagless.optim._motion import Motion, motion
 from lagless.optim._pace import PACE_AVERAGE
 from lagless.optim._settings import check_average, check_between, check_dtype
@@ -26,7 +29,7 @@ class Pullback(AveragedOptimizer):
         θ_t = step of the optimizer from θ_{t-1}  +  min(λ_t, 1)(ema_{t-1} - θ_{t-1})
 
     Where the optimizer has a diagonal preconditioner D, the gain is that of :class:`PACE`, λ_t = η c d_t/D: for Adam,
-    AdamW, RMSprop and Adagrad of torch. Around any other, as SGD and Muon, it is the constant λ_t = c d_t, whatever
+    AdamW, RMSprop and Adagrad of torch. Around SGD and Muon, and with ``gain="constant"``, it is λ_t = c d_t, whatever
     the learning rate. d_t is as in :class:`PACE`. ``Pullback(AdamW(params, lr), c)`` is ``PACE(params, lr,
     pullback=c)``.
 
@@ -41,10 +44,13 @@ class Pullback(AveragedOptimizer):
         gate_pullback: pull only at the update steps of the average.
         average_dtype: of stored averages; None for float32 (wider where the parameters are), or ``torch.bfloat16``,
             rounded stochastically.
+        gain: ``"constant"`` for λ_t = c d_t; required around optimizers other than those above, whose D is not known
+            here. None for the gain that the optimizer has.
 
     Raises:
-        ValueError: if an argument is out of range.
-        TypeError: if ``optimizer`` is no ``torch.optim.Optimizer``, or keeps an average itself.
+        ValueError: if an argument is out of range, the optimizer needs a ``gain``, or another ``Pullback`` has it.
+        TypeError: if ``optimizer`` is no ``torch.optim.Optimizer``, keeps an average itself, or cannot step without a
+            closure, as LBFGS.
 
     Reference:
         Au and Block, *Training for the Model You Return*, arXiv 2606.25086; with a constant gain their equation (22).
@@ -69,9 +75,9 @@ class Pullback(AveragedOptimizer):
         clamp: bool = True,
         gate_pullback: bool = False,
         average_dtype: torch.dtype | None = None,
+        gain: Literal["constant"] | None = None,
     ) -> None:
-        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, AveragedOptimizer):
-            raise TypeError(f"Pullback wraps a torch.optim.Optimizer that keeps no average, not {optimizer!r}.")
+        _check_base(optimizer)
         self.optimizer = optimizer
         settings = {
             "pullback": pullback,
@@ -79,8 +85,11 @@ class Pullback(AveragedOptimizer):
             "clamp": clamp,
             "gate_pullback": gate_pullback,
             "average_dtype": average_dtype,
+            "gain": gain,
             "evaluating": False,
         }
+        for group in optimizer.param_groups:  # all of them, before the first one is given settings
+            self._check({**settings, **group})
         super().__init__(optimizer.param_groups, {**optimizer.defaults, **settings})
         self.param_groups, self.state = optimizer.param_groups, optimizer.state
 
@@ -97,11 +106,24 @@ class Pullback(AveragedOptimizer):
         Raises:
             ValueError: if a setting is out of range.
         """
-        group = {**self.defaults, **param_group}
+        self._check({**self.defaults, **param_group})
+        if self.param_groups is not self.optimizer.param_groups:  # torch's constructor hands over what there is
+            super().add_param_group(param_group)
+            return
+        settings = {k: v for k, v in self.defaults.items() if k not in self.optimizer.defaults}
+        self.optimizer.add_param_group({**settings, **param_group})
+
+    def _check(self, group: dict[str, Any]) -> None:
         check_between("pullback", group["pullback"])
         check_average(group["average"])
         check_dtype(group["average_dtype"])
-        super().add_param_group(param_group)
+        if group["gain"] not in (None, "constant"):
+            raise ValueError(f"gain={group['gain']!r}; it must be 'constant' or None.")
+        if group["gain"] is None and denominator_of(self.optimizer) is None and not is_plain(self.optimizer):
+            raise ValueError(
+                f"the preconditioner of {type(self.optimizer).__name__} is not known here. For a pull of c d_t, "
+                "whatever the learning rate and the gradients, give gain='constant'."
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -121,7 +143,7 @@ class Pullback(AveragedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        due = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        due = [[p for p in group["params"] if p.grad is not None] for group in self._groups]
         if any(p.is_complex() for parameters in due for p in parameters):
             raise RuntimeError("Pullback needs real parameters; optimize torch.view_as_real of complex ones.")
         before = [[p.detach().clone() for p in parameters] for parameters in due]
@@ -132,23 +154,39 @@ class Pullback(AveragedOptimizer):
 
     def _pull(self, group: dict[str, Any], parameters: list[Tensor], before: list[Tensor]) -> None:
         rule: Rule = group["average"]
-        denominator = denominator_of(self.optimizer)
+        denominator = None if group["gain"] == "constant" else denominator_of(self.optimizer)
         names = (*(denominator.names(group) if denominator else ()), *average_keys(rule))
         kinds: defaultdict[tuple[Any, ...], list[Row]] = defaultdict(list)
-        for parameter, start in zip(parameters, before, strict=True):
+        needs_step = denominator is not None and denominator.needs_step
+        base_steps = counts([self.state[p]["step"] if needs_step else 0 for p in parameters])
+        for parameter, start, base_step in zip(parameters, before, base_steps, strict=True):
             state = self.state[parameter]
             if self.step_key not in state:
                 state[self.step_key] = 0
                 state.update(new_buffers(rule, start, group["average_dtype"]))
             state[self.step_key] += 1
             row = (local(parameter), local(start), *(local(state[name]) for name in names))
-            kind = state[self.step_key], int(state.get("step", 0)), row[0].device, tuple(t.dtype for t in row)
-            kinds[kind].append(row)
-        for index, ((step, base_step, device, _), rows) in enumerate(kinds.items()):
-            moves = motion(rule, step)
-            generator = torch.Generator(device).manual_seed(step * 1000 + index)
+            kinds[state[self.step_key], base_step, row[0].device, tuple(t.dtype for t in row)].append(row)
+        for index, ((step, base_step, _, _), rows) in enumerate(kinds.items()):
+            moves, noise = motion(rule, step), Noise(index, step)
             for block in blocks(rows):
-                _pull_block(block, group, denominator, base_step, moves, generator)
+                _pull_block(block, group, denominator, base_step, moves, noise)
+
+
+def _check_base(optimizer: Any) -> None:
+    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, AveragedOptimizer):
+        raise TypeError(f"Pullback wraps a torch.optim.Optimizer that keeps no average, not {optimizer!r}.")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise TypeError(
+            f"{type(optimizer).__name__} evaluates its closure as often as it likes; Pullback wraps optimizers whose "
+            "step() needs none."
+        )
+    if any("evaluating" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"this {type(optimizer).__name__} has the settings of another Pullback in its groups; make a new one to "
+            "wrap."
+        )
 
 
 def _pull_block(
@@ -157,7 +195,7 @@ def _pull_block(
     denominator: Denominator | None,
     base_step: int,
     moves: Motion,
-    generator: torch.Generator,
+    noise: Noise,
 ) -> None:
     theta, before, *rest = block
     count = len(denominator.names(group)) if denominator else 0
@@ -178,4 +216,4 @@ def _pull_block(
         torch._foreach_copy_(theta, weights)
         torch._foreach_copy_(weights, theta)
     if moves.update is not None:
-        move(buffers, moves.update, weights, generator)
+        move_average(buffers, moves.update, weights, noise)

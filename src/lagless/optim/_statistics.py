@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lagless.optim._devices import exact_dtype
+
 
 class Statistics:
     """Gains and norms of the steps that were recorded, over the parameters that moved, on this rank.
@@ -30,8 +32,9 @@ class Statistics:
         one = torch.ones_like(gain[0])
         sums = [one * gain.numel(), (gain > 1.0).sum(), gain.sum(), clamped.sum()]
         sums += [x.square().sum() for x in (pull, update - pull, update)]
-        self._take(self._sums, torch.add, torch.stack([x.double() for x in sums]))
-        self._take(self._largest, torch.maximum, torch.stack([gain.max(), -gain.min()]).double())
+        exact = exact_dtype(gain.device)
+        self._take(self._sums, torch.add, torch.stack([x.to(exact) for x in sums]))
+        self._take(self._largest, torch.maximum, torch.stack([gain.max(), -gain.min()]).to(exact))
 
     def read(self) -> dict[str, float]:
         """The figures, by name; waits for every device once.
@@ -45,15 +48,17 @@ class Statistics:
         ``update_norm``        of θ_t - θ_{t-1}
         ====================== ==================================================================
 
-        Norms are root mean squares over the recorded steps.
+        Norms are root mean squares over the recorded steps. A step without a pull counts with gains of 0.
 
         Raises:
             RuntimeError: if no step was recorded.
         """
         if not self._sums:
             raise RuntimeError("no step was recorded; take one inside the recording() block.")
-        count, clipped, gain, clamped, *squares = torch.stack([s.cpu() for s in self._sums.values()]).sum(0).tolist()
-        largest, smallest = torch.stack([s.cpu() for s in self._largest.values()]).amax(0).tolist()
+        count, clipped, gain, clamped, *squares = (
+            torch.stack([s.cpu().double() for s in self._sums.values()]).sum(0).tolist()
+        )
+        largest, smallest = torch.stack([s.cpu().double() for s in self._largest.values()]).amax(0).tolist()
         pull, adamw, update = ((square / self.steps) ** 0.5 for square in squares)
         return {
             "fraction_clipped": clipped / count,
