@@ -139,6 +139,28 @@ def sharded(rank):
         assert all(isinstance(s["exp_avg"], DTensor) for s in optimizer.state.values())
     with pytest.raises(NotImplementedError, match="these parameters are sharded"):
         shampoo(model, None)
+    with pytest.raises(NotImplementedError, match="these parameters are sharded.*Use DistributedDataParallel"):
+        BiasCorrectedSophia(model.named_parameters())
+
+
+def abandoned_shards(rank):
+    """Gradients thrown away by the model, without the optimizer being told, are forgotten under FSDP too."""
+    data, found = batches(3, 4), []
+    for abandon in (False, True):
+        model = make_model()
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        optimizer = adamw(model, ADAMW["leave one out"])
+        for number, step in enumerate(data):
+            if abandon and number == 1:
+                for microbatch in step[:3]:
+                    model(7.0 * microbatch).square().mean().backward()
+                model.zero_grad()
+            for microbatch in step:
+                (model(microbatch).square().mean() / 4).backward()
+            optimizer.step()
+            model.zero_grad()
+        found.append([p.detach().full_tensor() for p in model.parameters()])
+    same(*found, "abandoned")
 
 
 def not_finite_on_one_rank(rank):
@@ -195,13 +217,83 @@ def curvature(rank):
         same(tables[1:], tables[:1], f"Sophia, {form}")
 
 
+class Branches(nn.Module):
+    """A trunk, and one of two branches."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(6)
+        draw = lambda: nn.Parameter(torch.randn(3, 3, generator=generator, dtype=torch.float64))  # noqa: E731
+        self.trunk, self.left, self.right = draw(), draw(), draw()
+
+    def forward(self, x, right):
+        return (x @ (self.trunk + (self.right if right else self.left))).square().mean()
+
+
+def unused_parameters(rank):
+    """Each rank reaches a branch of its own; a window later both reach the same one."""
+    data = batches(4, 4)
+    makers = [(name, adamw, form) for name, form in ADAMW.items()] + [("Shampoo", shampoo, None)]
+    for name, make, form in makers:
+        alone, model = Branches(), Branches()
+        single = make(alone, form)
+        single._microbatches.group = None
+        replica = DistributedDataParallel(model, find_unused_parameters=True)
+        optimizer = make(model, form)
+        for number, step in enumerate(data):
+            for place, x in enumerate(step):
+                (alone(x, place // 2 == 1 and number != 1) / 4).backward()
+            for j in range(2):
+                with replica.no_sync() if j == 0 else contextlib.nullcontext():
+                    (replica(step[order(j, rank)], rank == 1 and number != 1) / 2).backward()
+            for each in (single, optimizer):
+                each.step()
+                each.zero_grad()
+        same([p.detach() for p in model.parameters()], [p.detach() for p in alone.parameters()], f"unused, {name}")
+
+
+def unreached_curvature(rank):
+    """Sophia: sampled labels of a rank reach its branch only, or there are none on it at all."""
+    for each in (2, 1):
+        alone, model = Branches(), Branches()
+        settings = {"lr": 0.1, "eps": 1e-3, "hessian_freq": 2, "clip": 100.0, "inverse_correction": "post_ema"}
+        single, optimizer = (BiasCorrectedSophia(m.named_parameters(), **settings) for m in (alone, model))
+        single._microbatches.group = None
+        replica = DistributedDataParallel(model, find_unused_parameters=True)
+        for step in batches(3, 2 * each):
+            for place, x in enumerate(step):
+                if single.curvature_due and single._wanted():
+                    single.add_curvature(alone(2.0 * x, place // each == 1))
+                (alone(x, place // each == 1) / len(step)).backward()
+            for j in range(each):
+                x = step[order(j, rank) if each == 2 else rank]
+                if optimizer.curvature_due and optimizer._wanted():
+                    optimizer.add_curvature(model(2.0 * x, rank == 1))
+                with replica.no_sync() if j + 1 < each else contextlib.nullcontext():
+                    (replica(x, rank == 1) / each).backward()
+            for both in (single, optimizer):
+                both.step()
+                both.zero_grad()
+        same([p.detach() for p in model.parameters()], [p.detach() for p in alone.parameters()], "curvature")
+
+
 def work(rank, store):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
     )
-    for check in (replicated, refusals, one_microbatch_per_rank, sharded, not_finite_on_one_rank, curvature):
+    for check in (
+        replicated,
+        refusals,
+        one_microbatch_per_rank,
+        sharded,
+        abandoned_shards,
+        not_finite_on_one_rank,
+        curvature,
+        unused_parameters,
+        unreached_curvature,
+    ):
         check(rank)
     dist.destroy_process_group()
 

@@ -216,6 +216,12 @@ def test_conformance(check):
     check(lambda params: BiasCorrectedShampoo(params, lr=0.01, root_freq=2, cross_fit="none"))
 
 
+@pytest.mark.parametrize("check", OPTIMIZER_CHECKS, ids=lambda check: check.__name__)
+def test_conformance_with_microbatches(check):
+    settings = {"lr": 0.01, "root_freq": 2, "inverse_correction": "post_ema"}
+    check(lambda params: BiasCorrectedShampoo(params, **settings), microbatches=4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -229,3 +235,30 @@ def test_conformance(check):
 def test_bad_hyperparameters_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         make(parameters_of([(4, 3)]), **settings)
+
+
+def test_report_where_a_matrix_missed_a_gradient():
+    parameters = parameters_of([(3, 3), (3, 3)])
+    optimizer = make(parameters, root_freq=2, report_freq=1)
+    for number, microbatches in enumerate(steps_of([(3, 3), (3, 3)], steps=5)):
+        optimizer.zero_grad()
+        for a, b in microbatches:
+            loss = (parameters[0] * a).sum()
+            (loss if number == 1 else loss + (parameters[1] * b).sum()).backward()
+        optimizer.step()
+    (report,) = optimizer.correction_report()
+    assert report.step == 5 and 0.0 < report.relative
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_gradient_in_one_half_only_gives_a_standard_step(half):
+    parameters, plain = parameters_of([(3, 3), (3, 3)]), parameters_of([(3, 3), (3, 3)])
+    (drawn,) = steps_of([(3, 3), (3, 3)], steps=1)
+    for found, form in ((parameters, "split"), (plain, "none")):
+        optimizer = make(found, cross_fit=form)
+        for j, (a, b) in enumerate(drawn):
+            loss = (found[0] * a).sum()
+            (loss + (found[1] * b).sum() if j % 2 == half else loss).backward()
+        optimizer.step()
+    torch.testing.assert_close(parameters[1].detach(), plain[1].detach(), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(parameters[0], plain[0])

@@ -174,6 +174,12 @@ def test_a_step_without_curvature_is_refused():
         optimizer.step()
 
 
+def test_curvature_of_another_model_is_refused():
+    optimizer, other = BiasCorrectedSophia(Bigram().named_parameters()), Bigram()
+    with pytest.raises(RuntimeError, match="depends on none of the optimizer's parameters"):
+        optimizer.add_curvature(other.table.sum())
+
+
 def test_state_goes_by_parameter_name():
     """torch.distributed.checkpoint steps with gradients of its own to know what a state looks like."""
     model, twin = Bigram(), Bigram()
@@ -211,3 +217,43 @@ def test_what_is_not_finite_skips_the_step(where):
 def test_bad_hyperparameters_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         BiasCorrectedSophia(Bigram().named_parameters(), **settings)
+
+
+def windows(optimizer, model, counts):
+    """Windows of so many microbatches each."""
+    generator = torch.Generator().manual_seed(4)
+    for count in counts:
+        for _ in range(count):
+            true, sampled = torch.randn(2, *model.table.shape, generator=generator, dtype=torch.float64)
+            if optimizer.curvature_due and optimizer._wanted():
+                optimizer.add_curvature((model.table * sampled).sum())
+            ((model.table * true).sum() / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_last_window_of_one_microbatch_keeps_the_curvature():
+    """It has none of the half that curvature is taken from, though the third step wants some."""
+    model = Bigram()
+    optimizer = BiasCorrectedSophia(model.named_parameters(), hessian_freq=2)
+    windows(optimizer, model, [4, 4])
+    state = copy.deepcopy(optimizer.state[model.table])
+    windows(optimizer, model, [1])
+    after = optimizer.state[model.table]
+    assert torch.equal(after["hessian"], state["hessian"]) and torch.equal(after["inverse"], state["inverse"])
+    assert not torch.equal(after["exp_avg"], state["exp_avg"]) and int(after["step"]) == 3
+    windows(optimizer, model, [4, 4])
+    assert not torch.equal(optimizer.state[model.table]["hessian"], state["hessian"])
+
+
+def test_a_parameter_between_estimates_has_no_curvature_yet():
+    """1/P = 1/ε: it moves by the clip, as one that sampled labels did not reach."""
+    first, late = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    named = [("first", first), ("late", late)]
+    optimizer = BiasCorrectedSophia(named, lr=0.1, weight_decay=0.0, cross_fit="none", hessian_freq=5, clip=0.5)
+    optimizer.add_curvature(first.sum())
+    first.sum().backward()
+    optimizer.step()
+    late.sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(late.detach(), torch.full((3,), -0.05))

@@ -5,7 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from lagless.optim import BiasCorrectedAdamW, BiasCorrectedShampoo, BiasCorrectedSophia  # noqa: E402
+from lagless.optim import BiasCorrectedAdamW, BiasCorrectedShampoo, BiasCorrectedSophia, sampled_label_loss  # noqa: E402
 
 SETTINGS = [
     {"cross_fit": "leave_one_out", "inverse_correction": "jackknife"},
@@ -123,6 +123,50 @@ def test_sophia_samples_labels_in_the_trainer(checkpointing, tmp_path):
     assert len(forwards) == 16
     assert all(not torch.equal(before[name], p) and p.isfinite().all() for name, p in model.named_parameters())
     assert all(state["hessian"].abs().sum() > 0 for state in optimizer.state.values())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # TRL's
+@pytest.mark.parametrize("remedy", [False, True])
+def test_sophia_with_a_loss_that_forms_no_logits(remedy, tmp_path):
+    """TRL's SFTTrainer fuses loss and last layer: refused, unless curvature comes from a forward pass of its own."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, 50)}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+    model = make_model()
+    optimizer = BiasCorrectedSophia(model.named_parameters(), lr=1e-3, hessian_freq=2, inverse_correction="post_ema")
+
+    class WithCurvature(trl.SFTTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if optimizer.curvature_due and model.training:
+                logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+                optimizer.add_curvature(sampled_label_loss(logits, inputs["labels"]))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "report_to": []}
+    settings |= {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
+    settings |= {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    settings |= {"gradient_checkpointing": False, "activation_checkpointing": False}  # old name and new
+    training = (WithCurvature if remedy else trl.SFTTrainer)(
+        model=model,
+        args=trl.SFTConfig(str(tmp_path), **settings),
+        train_dataset=datasets.Dataset.from_list(
+            [{"input_ids": Sentences()[i]["input_ids"].tolist()} for i in range(32)]
+        ),
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+    )
+    if remedy:
+        training.train()
+        assert all(state["hessian"].abs().sum() > 0 for state in optimizer.state.values())
+    else:
+        optimizer.estimate_curvature(model)
+        with pytest.raises(RuntimeError, match="LlamaForCausalLM returned no logits.*optimizer.add_curvature"):
+            training.train()
 
 
 def test_shampoo_in_the_trainer(tmp_path):

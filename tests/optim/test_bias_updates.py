@@ -1,6 +1,7 @@
 """The pure update functions against published numbers, in float64 to 1e-9 and float32 to 1e-6."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,30 @@ BY_HAND = [name for name in FORMS if name in VECTORS["hand_scalar"]["outputs"]]
 def test_one_coordinate(name, dtype):
     inputs = VECTORS["hand_scalar"]["inputs"]
     check(name, inputs["hyper"], inputs["p0"], inputs["grads"], VECTORS["hand_scalar"]["outputs"][name], dtype)
+
+
+@pytest.mark.parametrize(("correction", "steepest"), [("none", -1.2), ("jackknife", -1.6)])
+def test_quadrature_error_falls_like_one_over_n(correction, steepest):
+    """Skewed folds at fixed moments: what two nodes get wrong of u_LOO - u, relative to it.
+
+    Terms in the third moment decide, of order 1/n² against 1/n for u_LOO - u; nodes with that moment leave 1/n³. A
+    jackknife of few folds subtracts more than there is, so that errors fall faster at first.
+    """
+    form, weights, counts = AdamForm("leave_one_out", correction), EmaWeights.at((0.9, 0.95), 100), [8, 32, 128, 512]
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for n in counts:
+        g = torch.empty(n, 2000, dtype=torch.float64).exponential_(generator=generator) - 0.7
+        m, v = torch.full((2000,), 0.3, dtype=torch.float64), torch.full((2000,), 0.1, dtype=torch.float64)
+        mean = g.mean(0)
+        delta = g - mean
+        second, third = delta.square().mean(0), delta.pow(3).mean(0)
+        nodes = [two_nodes(mean, second, n), skewed_nodes(mean, second, third, n)]
+        groups = [Group.of(g), *(Group(mean, spread) for spread in nodes)]
+        exact, two, skewed = (adam_folds(form, [group], Moments(m, v), weights).update for group in groups)
+        plain = adam_folds(AdamForm(), groups[:1], Moments(m, v), weights).update
+        size = (exact - plain).norm()
+        errors.append([float((two - exact).norm() / size), float((skewed - exact).norm() / size)])
+    logs = torch.tensor(errors, dtype=torch.float64).log()
+    slopes = (logs[-1] - logs[0]) / math.log(counts[-1] / counts[0])
+    assert steepest < slopes[0] < -0.8 and slopes[1] < -1.5

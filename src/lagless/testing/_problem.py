@@ -25,6 +25,7 @@ class Problem:
         step: steps already taken.
         sign: of the loss.
         noise: standard deviation of the gradients' noise.
+        microbatches: ``backward()`` calls per step, each with noise of its own.
     """
 
     def __init__(
@@ -36,28 +37,34 @@ class Problem:
         step: int = 0,
         sign: float = 1.0,
         noise: float = 0.3,
+        microbatches: int = 1,
     ) -> None:
         self.parameters = parameters or [
             nn.Parameter(torch.linspace(-1.0, 0.5, shape.numel(), dtype=dtype).view(shape))
             for shape in map(torch.Size, _SHAPES)
         ]
         self.optimizer = make(self.parameters)
-        self.step, self.sign, self.noise = step, sign, noise
+        self.step, self.sign, self.noise, self.microbatches = step, sign, noise, microbatches
 
-    def loss(self) -> Tensor:
-        """The loss of the present step."""
+    def loss(self, microbatch: int = 0) -> Tensor:
+        """The loss of a microbatch of the present step."""
         total = torch.zeros((), dtype=torch.float64)
         for p in self.parameters:
             # The seed tells shapes apart but not positions, so that a parameter may be left out.
-            generator = torch.Generator().manual_seed(1000 * self.step + 10 * p.numel() + p.dim())
+            seed = 1_000_000 * microbatch + 1000 * self.step + 10 * p.numel() + p.dim()
+            generator = torch.Generator().manual_seed(seed)
             noise = self.noise * torch.randn(p.shape, generator=generator, dtype=torch.float64)
             total = total + (0.5 * (1 + p.dim()) * (p - 1.0).square() + noise.to(p.dtype) * p).sum().double()
         return self.sign * total
 
-    def backward(self) -> None:
-        """New gradients."""
+    def backward(self, scale: float | Tensor = 1.0) -> Tensor:
+        """New gradients, of the loss times ``scale``; returns the loss."""
         self.optimizer.zero_grad()
-        self.loss().backward()
+        losses = []
+        for microbatch in range(self.microbatches):
+            losses.append(self.loss(microbatch) / self.microbatches)
+            (scale * losses[-1]).backward()
+        return torch.stack(losses).sum().detach()
 
     def update(self) -> None:
         """One step of the optimizer."""

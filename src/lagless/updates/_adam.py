@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lagless._validation import check_choice, check_number
-from lagless.updates._spread import Spread
+from lagless.updates._spread import Spread, pair
 
 CrossFit = Literal["none", "split", "symmetric", "leave_one_out"]
 InverseCorrection = Literal["none", "post_ema", "pre_ema", "jackknife"]
@@ -103,17 +103,19 @@ class Constants:
     Args:
         pre_ema: factor of the second term of half the second derivative of 1/(√v̂ + ε).
         around_fed_moment: measure the spread of g² around the second moment fed to v, not around its own mean.
+        floor: least v̂ in the pre-EMA correction; one that is not 0 makes it depend on the gradients' scale.
         jackknife: multiple of the jackknife variance of the leave-one-out preconditioners, which is (n - 1)²/n times
             their sample variance; None for the sample variance itself.
     """
 
     pre_ema: float = 1.0 / 8.0
     around_fed_moment: bool = False
+    floor: float = 0.0
     jackknife: float | None = 1.0
 
 
 DERIVED = Constants()
-REFERENCE = Constants(pre_ema=3.0 / 8.0, around_fed_moment=True, jackknife=None)
+REFERENCE = Constants(pre_ema=3.0 / 8.0, around_fed_moment=True, floor=1e-12, jackknife=None)
 
 
 @dataclass(frozen=True)
@@ -179,10 +181,10 @@ def adam_folds(
         return _leave_one_out(form, groups[0], moments, weights, eps)
     if form.cross_fit == "symmetric":
         a, b = groups
-        sides = [_side(form, top, below, moments, weights, eps) for top, below in ((a, b), (b, a))]
-        numerator, inverse, second, _, variance = zip(*sides, strict=True)
-        stacked = None if variance[0] is None else torch.cat(variance)
-        return Folds(torch.cat(numerator), torch.cat(inverse), torch.cat(second), None, stacked)
+        x, y = (_side(form, top, below, moments, weights, eps) for top, below in ((a, b), (b, a)))
+        variance = None if x.variance is None or y.variance is None else pair(x.variance[0], y.variance[0])
+        numerator, inverse, second = (pair(p[0], q[0]) for p, q in zip(x[:3], y[:3], strict=True))
+        return Folds(numerator, inverse, second, None, variance)
     return _side(form, groups[0], groups[-1], moments, weights, eps)
 
 
@@ -232,11 +234,12 @@ def _side(form: AdamForm, top: Group, below: Group, moments: Moments, weights: E
             variance = squares.variance_of_mean(squares.nodes)
             if form.constants.around_fed_moment:
                 variance = variance + (squares.average(squares.nodes) - s).square_() / (squares.count - 1)
-            floored = second.clamp(min=1e-12)
-            curvature = (4.0 * floored * d * d * d).reciprocal_()
-            curvature += form.constants.pre_ema / (floored * floored.sqrt() * d * d)
-            inverse = inverse - (weights.v_new**2 * variance) * curvature
-            variance = weights.v_new**2 * variance / (4.0 * floored)
+            floored = second.clamp(min=max(form.constants.floor, torch.finfo(second.dtype).tiny))
+            # In terms of ratios, of which none under- or overflows where gradients are small or large.
+            relative = weights.v_new**2 * variance / floored / floored
+            share = floored.sqrt() * inverse
+            inverse = inverse * (1.0 - relative * share * (share / 4.0 + form.constants.pre_ema))
+            variance = relative * floored / 4.0
         inverse = inverse.clamp_(min=0.0)
     numerator = weights.m_old * moments.m + weights.m_new * top.mean
     return Folds(numerator[None], inverse[None], second[None], None, None if variance is None else variance[None])

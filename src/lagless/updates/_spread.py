@@ -46,7 +46,7 @@ class Spread:
 def two_nodes(mean: Tensor, variance: Tensor, count: int) -> Spread:
     """mean ± √variance, for the population variance of n microbatches: exact for n = 2."""
     deviation = variance.clamp(min=0.0).sqrt_()
-    return Spread(torch.stack([mean + deviation, mean - deviation]), count)
+    return Spread(pair(mean + deviation, mean - deviation), count)
 
 
 def skewed_nodes(mean: Tensor, variance: Tensor, third: Tensor, count: int) -> Spread:
@@ -60,5 +60,11 @@ def skewed_nodes(mean: Tensor, variance: Tensor, third: Tensor, count: int) -> S
     half = (third / (2.0 * deviation**3).clamp(min=TINY)).clamp(-bound / 2, bound / 2)
     far = half + (1.0 + half * half).sqrt_().copysign(half)
     weight = (1.0 + far * far).reciprocal_()
-    nodes = torch.stack([mean + deviation * far, mean - deviation / far])
-    return Spread(nodes, count, torch.stack([weight, 1.0 - weight]))
+    nodes = pair(mean + deviation * far, mean - deviation / far)
+    return Spread(nodes, count, pair(weight, 1.0 - weight))
+
+
+def pair(first: Tensor, second: Tensor) -> Tensor:
+    """``torch.stack([first, second])`` as an elementwise operation, which compilers fuse with others."""
+    place = torch.arange(2, device=first.device).view(2, *[1] * first.dim())
+    return torch.where(place == 0, first, second)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lagless.optim._blocks import local
+from lagless.optim.bias_corrected._adam_step import PLAIN, adam_state, adam_update
 from lagless.optim.bias_corrected._base import STANDARD, BiasCorrected, tensors_of
-from lagless.optim.bias_corrected._elements import move, pieces
 from lagless.optim.bias_corrected._hyperparameters import (
     require,
     require_betas,
@@ -24,25 +21,7 @@ from lagless.optim.bias_corrected._hyperparameters import (
 from lagless.optim.bias_corrected._microbatches import Collected
 from lagless.optim.bias_corrected._report import CorrectionSums
 from lagless.optim.bias_corrected._sums import Power, PowerSums, Sums
-from lagless.updates import (
-    DERIVED,
-    REFERENCE,
-    AdamForm,
-    CrossFit,
-    EmaWeights,
-    Folds,
-    Group,
-    InverseCorrection,
-    Moments,
-    Spread,
-    adam_folds,
-    fed_moments,
-    skewed_nodes,
-    support_clip,
-    two_nodes,
-)
-
-PLAIN = AdamForm()
+from lagless.updates import DERIVED, REFERENCE, AdamForm, CrossFit, InverseCorrection
 
 
 class BiasCorrectedAdamW(BiasCorrected):
@@ -72,14 +51,16 @@ class BiasCorrectedAdamW(BiasCorrected):
             the parameters' size for leave_one_out, 2 for none with a correction and for split, 3 for corrected split
             and for symmetric, 5 for corrected symmetric. "skewed": leave_one_out with the third moment too, 2
             buffers. "exact": the gradients themselves, n buffers.
-        warm_start: steps of plain AdamW before the first corrected one. None: for leave_one_out 1/(1 - β₂), since one
-            microbatch can be all that an empty history divides by; 0 otherwise.
+        warm_start: steps of plain AdamW before the first corrected one. None: 1/(1 - β₂) where cross_fit is
+            not "none", since one microbatch can be all that an empty history divides by; 0 otherwise.
         update_clip: largest |u| per coordinate; None for no limit.
         support_clip: τ > 0 for none and split: u is shortened by √(τ s/g²) where that is below 1; None for no limit.
         support_eps: added to s and g² there.
         alpha: in [0, 1], for split: the weight of B's mean square in s; the rest is ḡ_A².
         adaptive_alpha: multiply α by the cosine of the two, per tensor.
         constants: of the corrections: "derived", or "reference" as in the authors' code.
+        compile: step large contiguous tensors by one kernel of ``torch.compile``, and add each of their microbatches to
+            all its sums by one. Steps that are recorded, and those with ``folds="exact"``, go block by block.
         standard: parts of names of parameters to step with plain AdamW: rows of an embedding that no microbatch but
             one has seen get no preconditioner from the others. Needs names; says what it found. () for none.
         report_freq: every how many steps to record for :meth:`correction_report`; 0 for never.
@@ -130,6 +111,7 @@ class BiasCorrectedAdamW(BiasCorrected):
         alpha: float = 1.0,
         adaptive_alpha: bool = False,
         constants: Literal["derived", "reference"] = "derived",
+        compile: bool = False,
         standard: Sequence[str] = STANDARD,
         report_freq: int = 100,
         process_group: dist.ProcessGroup | None = None,
@@ -149,6 +131,7 @@ class BiasCorrectedAdamW(BiasCorrected):
             "alpha": alpha,
             "adaptive_alpha": adaptive_alpha,
             "constants": constants,
+            "compile": compile,
         }
         super().__init__(params, defaults, standard=standard, report_freq=report_freq, process_group=process_group)
 
@@ -156,7 +139,7 @@ class BiasCorrectedAdamW(BiasCorrected):
         require_betas(self, group)
         form = form_of(group)
         if group["warm_start"] is None:
-            group["warm_start"] = math.ceil(1.0 / (1.0 - group["betas"][1])) if form.cross_fit == "leave_one_out" else 0
+            group["warm_start"] = round(1.0 / (1.0 - group["betas"][1])) if form.cross_fit != "none" else 0
         require_nonnegative(self, group, "lr", "eps", "weight_decay", "support_eps")
         require_positive(self, group, "update_clip", "support_clip")
         require_steps(self, group, "warm_start")
@@ -175,8 +158,8 @@ class BiasCorrectedAdamW(BiasCorrected):
         form = form_of(group)
         if not self._corrects(group):
             return None, False
-        exact = group["folds"] == "exact"
-        return None if exact else PowerSums(powers_of(form, group["folds"] == "skewed")), exact
+        exact, powers = group["folds"] == "exact", powers_of(form, group["folds"] == "skewed")
+        return None if exact else PowerSums(powers, group["compile"]), exact
 
     def _update(self, group: dict[str, Any], collected: dict[Tensor, Collected], sums: CorrectionSums | None) -> None:
         for p in group["params"]:
@@ -189,17 +172,10 @@ class BiasCorrectedAdamW(BiasCorrected):
         state = adam_state(self.state[p], p)
         state["step"] += 1
         step, form = int(state["step"]), form_of(group)
-        if step <= group["warm_start"] or found is None or found.count < 2:
+        halved = form.cross_fit in ("split", "symmetric")
+        if step <= group["warm_start"] or found is None or found.count < 2 or (halved and not all(found.reached)):
             form, found = PLAIN, None
         adam_update(group, form, step, p, state, found, sums)
-
-
-def _dispersion(folds: Folds, eps: float) -> Tensor | None:
-    """Var(D̂)/D² per coordinate."""
-    variance, d = folds.variance, folds.second_moment.sqrt() + eps
-    if folds.spread is not None:
-        variance = folds.spread.variance_of_mean(d)[None] * (folds.spread.count - 1) ** 2
-    return None if variance is None else (variance / (d * d)).mean(dim=0)
 
 
 def form_of(group: dict[str, Any]) -> AdamForm:
@@ -226,83 +202,3 @@ def powers_of(form: AdamForm, skewed: bool = False) -> tuple[Power, ...]:
     halves = (1,) if form.cross_fit == "split" else (0, 1)
     squares = [Power(exponent, half) for half in halves for exponent in ((2, 4) if corrected else (2,))]
     return (Power(1, 0), *squares)
-
-
-def groups_of(
-    form: AdamForm, mean: Tensor, powers: dict[Power, Tensor], samples: Sequence[Tensor], found: Collected | None
-) -> list[Group]:
-    """What an update is made of, from ḡ and what was collected besides."""
-    if found is None:
-        return [Group(mean)]
-    n, (n_a, n_b) = found.count, found.halves
-    if samples:
-        stacked = torch.stack(tuple(samples))
-        if form.cross_fit == "leave_one_out":
-            return [Group(mean, Spread(stacked, n, group=found.group))]
-        return [Group.of(stacked)] if form.cross_fit == "none" else [Group.of(stacked[half::2]) for half in (0, 1)]
-    if form.cross_fit == "leave_one_out":
-        square = powers[Power(2)]
-        variance = square - mean * mean
-        if Power(3) not in powers:
-            return [Group(mean, two_nodes(mean, variance, n))]
-        third = powers[Power(3)] - mean * (3.0 * square - 2.0 * mean * mean)
-        return [Group(mean, skewed_nodes(mean, variance, third, n))]
-
-    def squares(half: int | None, count: int) -> Spread | None:
-        if Power(2, half) not in powers or not count:
-            return None
-        square = powers[Power(2, half)]
-        if Power(4, half) not in powers:
-            return Spread(square[None], count)
-        return two_nodes(square, powers[Power(4, half)] - square * square, count)
-
-    if form.cross_fit == "none":
-        return [Group(mean, None, squares(None, n))]
-    a = powers[Power(1, 0)]
-    b = (n * mean - n_a * a) / max(n_b, 1)
-    return [Group(a, None, squares(0, n_a)), Group(b, None, squares(1, n_b))]
-
-
-def adam_state(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
-    """Adam's state under the names that torch gives it, in float32 or wider."""
-    if not state:
-        dtype = torch.promote_types(p.dtype, torch.float32)
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-        state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-    return state
-
-
-def adam_update(
-    group: dict[str, Any],
-    form: AdamForm,
-    step: int,
-    p: Tensor,
-    state: dict[str, Any],
-    found: Collected | None,
-    sums: CorrectionSums | None,
-) -> None:
-    """Move a parameter and its moments by one step, block by block."""
-    assert p.grad is not None
-    weights = EmaWeights.at(group["betas"], step)
-    powers, samples = ({}, ()) if found is None else (found.means, found.samples)
-    tensors = [local(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
-    # A cosine is of the whole tensor, and every collective call has its price.
-    whole = form.adaptive_alpha or (found is not None and bool(samples) and found.group is not None)
-    for live, grad, m, v, *rest in pieces(*tensors, *powers.values(), *samples, whole=whole):
-        sums_here, samples_here = dict(zip(powers, rest, strict=False)), rest[len(powers) :]
-        moments = Moments(m, v)
-        groups = groups_of(form, grad.to(m.dtype), sums_here, samples_here, found)
-        folds = adam_folds(form, groups, moments, weights, group["eps"])
-        fed = fed_moments(form, groups)
-        update = folds.update
-        if sums is not None and found is not None:
-            standard = adam_folds(PLAIN, [Group(grad.to(m.dtype))], moments, weights, group["eps"]).update
-            sums.add(update, standard, _dispersion(folds, group["eps"]))
-        if group["support_clip"] is not None:
-            update = support_clip(update, fed, group["support_clip"], group["support_eps"])
-        if group["update_clip"] is not None:
-            update = update.clamp(-group["update_clip"], group["update_clip"])
-        m.lerp_(fed.m, 1.0 - group["betas"][0])
-        v.lerp_(fed.v, 1.0 - group["betas"][1])
-        move(live, update, group["lr"], group["weight_decay"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from lagless.optim.bias_corrected._microbatches import Collected, Microbatches, 
 from lagless.optim.bias_corrected._report import Correction, CorrectionSums
 from lagless.optim.bias_corrected._sums import PowerSums, Sums
 
-STANDARD = ("embed", "lm_head", "wte")
+STANDARD = ("embed", "lm_head", "wte", "shared.")
 _log = logging.getLogger("lagless")
 
 
@@ -70,7 +71,7 @@ class BiasCorrected(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore
         """One optimizer step, with every microbatch since the last one.
 
-        If a gradient is not finite nothing changes, neither weights nor moments nor counters.
+        If a gradient or a sum over microbatches is not finite nothing changes: weights, moments and counters stay.
 
         Raises:
             RuntimeError: if a correction needs several microbatches and there never were any.
@@ -80,18 +81,19 @@ class BiasCorrected(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        finite = self._all_finite(parameters)
+        collected = self._microbatches.read(parameters)
+        finite = self._all_finite(parameters, [t for found in collected.values() for t in found.totals.values()])
         # Followers of this optimizer's steps look here, as they do for those that a gradient scaler skips.
         self.found_inf = torch.tensor(float(not finite))
         if finite:
-            collected = self._microbatches.read(parameters)
             self._folds_seen |= any(found.count > 1 for found in collected.values())
             # torch.distributed.checkpoint makes states by a step of learning rate 0 with gradients out of nowhere.
             self._refuse(
                 [g for g in self.param_groups if g["lr"] > 0.0 and any(p.grad is not None for p in g["params"])]
             )
             for index, group in enumerate(self.param_groups):
-                self._update(group, collected, self._recorder(index, group))
+                rate = float(group["lr"])  # of a tensor on the device, a wait per group
+                self._update(group | {"lr": rate}, collected, self._recorder(index, group))
         self._forget(stepped=True)
         return loss
 
@@ -125,6 +127,13 @@ class BiasCorrected(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; moments keep the precision they were saved in, whatever the parameters have."""
+        if self._microbatches.begun:
+            _log.warning(
+                "%s: a state is loaded between backward() and step(); %d microbatches that p.grad still holds are "
+                "forgotten. Call zero_grad(), or load before the first backward().",
+                type(self).__name__,
+                self._microbatches.begun,
+            )
         own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         saved = state_dict["param_groups"]
         if len(own) == len(saved):  # torch says what is wrong otherwise; a state of torch's AdamW lacks our settings
@@ -170,7 +179,7 @@ class BiasCorrected(Optimizer):
                 "optimizer was, or set cross_fit='none' and inverse_correction='none'."
             )
 
-    def _all_finite(self, parameters: Sequence[Tensor]) -> bool:
+    def _all_finite(self, parameters: Sequence[Tensor], totals: Sequence[Tensor]) -> bool:
         if not parameters:
             return True
         if any(p.grad is not None and p.grad.is_sparse for p in parameters):
@@ -178,6 +187,11 @@ class BiasCorrected(Optimizer):
                 f"{type(self).__name__}: sparse gradients; use dense ones, e.g. sparse=False in Embedding."
             )
         finite = torch.stack([n.float() for n in norms(parameters)]).isfinite().all()
+        filled = [t for t in totals if t.numel()]
+        if filled:
+            # Of fourth powers the largest: their Euclidean norm is infinite before they are.
+            wide = max((t.dtype for t in filled), key=lambda d: d.itemsize)
+            finite &= torch.stack(torch._foreach_norm(filled, math.inf, dtype=wide)).isfinite().all()
         sharded = next((p for p in parameters if isinstance(p, DTensor)), None)
         if sharded is not None:
             flag = finite.float()
@@ -191,14 +205,14 @@ class BiasCorrected(Optimizer):
             return None
         steps = [int(self.state[p]["step"]) for p in group["params"] if "step" in self.state[p]]
         step = 1 + max(steps, default=0)
-        if step < self._first(group) or (index in self._sums and step % self._report_freq):
+        if not self._records(group, step, self._sums.get(index)):
             return None
         self._sums[index] = CorrectionSums(step)
         return self._sums[index]
 
-    def _first(self, group: dict[str, Any]) -> int:
-        """The first step that is corrected."""
-        return group.get("warm_start", 0) + 1
+    def _records(self, group: dict[str, Any], step: int, former: CorrectionSums | None) -> bool:
+        """Whether ``step`` (1-based) is one to record."""
+        return step > group.get("warm_start", 0) and (former is None or step % self._report_freq == 0)
 
     def _parts(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
         params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])

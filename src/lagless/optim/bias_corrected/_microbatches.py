@@ -6,6 +6,7 @@ Nothing is taken from ``p.grad``: hooks add powers of the incoming gradient to b
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import unserializable_hook
+from torch.utils.weak import TensorWeakRef
 
 from lagless.optim._blocks import local
 from lagless.optim.bias_corrected._sums import Sums, sum_over
@@ -23,21 +27,36 @@ from lagless.optim.bias_corrected._sums import Sums, sum_over
 
 @dataclass(frozen=True)
 class Collected:
-    """What is known of one parameter's microbatches, in units in which their mean is ``p.grad``.
+    """What is known of one parameter's microbatches.
 
     Attributes:
-        means: by key of the sums, over n (or over the half's) microbatches.
-        samples: the microbatch gradients of this process, if they were kept.
+        totals: by key of the sums, as they were added up.
+        ratio: the mean of the gradients, as they were added up, times it is ``p.grad``; one number.
+        samples: the microbatch gradients of this process times the ratio, if they were kept.
         count: n, over all processes.
         halves: how many of them belong to either half.
+        reached: how many of either half reached the parameter.
         group: the processes, if there are several.
     """
 
-    means: dict[Any, Tensor]
+    totals: dict[Any, Tensor]
+    ratio: Tensor
     samples: tuple[Tensor, ...]
     count: int
     halves: tuple[int, int]
+    reached: tuple[int, int]
     group: dist.ProcessGroup | None
+
+    def mean(self, key: Any) -> Tensor:
+        """What was summed under ``key``, per microbatch and in units in which the mean gradient is ``p.grad``."""
+        total = self.totals[key]
+        return total * scale_of(key, self.ratio.to(total.dtype), self.count, self.halves)
+
+
+def scale_of(key: Any, ratio: Tensor, count: int, halves: tuple[int, int]) -> Tensor:
+    """What turns a sum into that mean."""
+    members = count if key.half is None else halves[key.half]
+    return ratio**key.exponent / max(members, 1)
 
 
 class _Track:
@@ -47,8 +66,11 @@ class _Track:
         self.sums, self.keep = sums, keep
         self.samples: dict[int, Tensor] = {}
         self.microbatch = 0  # the latest one that reached this parameter, 1-based; 0: none of this window
-        self.previous: Tensor | None = None  # where gradients arrive accumulated
+        self.previous: tuple[TensorWeakRef, Tensor] | None = (
+            None  # p.grad and its values, where they arrive accumulated
+        )
         self.norm: Tensor | None = None  # of p.grad after the latest backward
+        self.reached = [0, 0]  # microbatches of either half that did
 
 
 class Microbatches:
@@ -66,6 +88,7 @@ class Microbatches:
         self._open = False
         self._handles: list[Any] = []
         self._backward = -1  # number of the graph that autograd is working on
+        self._latest = -1  # highest of these numbers
 
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._tracks
@@ -85,12 +108,22 @@ class Microbatches:
             if (alive := owner()) is not None:
                 alive._arrived(parameter)
 
+        wanted = parameter.requires_grad
+        parameter.requires_grad_(True)  # those that are frozen for now take no hooks
         self._handles += [parameter.register_hook(before), parameter.register_post_accumulate_grad_hook(after)]
+        parameter.requires_grad_(wanted)
 
     @property
     def begun(self) -> int:
         """How many microbatches of this process have arrived since the last step."""
         return self.count if self._open else 0
+
+    @property
+    def halves(self) -> tuple[int, int]:
+        """How many of the microbatches since the last step, over all processes, belong to either half."""
+        processes = 1 if self.group is None else self.group.size()
+        first = sum(self._half(j, rank) == 0 for j in range(self.begun) for rank in range(processes))
+        return first, self.begun * processes - first
 
     def remove(self) -> None:
         """Stop following all parameters."""
@@ -102,6 +135,7 @@ class Microbatches:
     def close(self) -> None:
         """End the window: the next gradient starts a new one."""
         self._open = False
+        self._incoming.clear()  # torch.autograd.grad fills it and leaves it
         for track in self._tracks.values():
             track.samples.clear()
             track.previous = None
@@ -110,29 +144,35 @@ class Microbatches:
     def read(self, parameters: Iterable[Tensor]) -> dict[Tensor, Collected]:
         """What was collected for those of ``parameters`` whose microbatches were seen, over all processes.
 
-        Every process must ask for the same parameters. Sums are scaled in place: read once per window.
+        Every process must ask for the same parameters. Sums become those of all processes: read once per window.
         """
         present = [(p, self._tracks[p]) for p in parameters if p in self._tracks and p.grad is not None]
-        present = [(p, track) for p, track in present if self._open and track.microbatch]
-        processes = 1 if self.group is None else self.group.size()
-        count = self.count * processes
-        first = sum(self._half(j, rank) == 0 for j in range(self.count) for rank in range(processes))
-        halves = (first, count - first)
+        # A parameter that no microbatch of this process reached may have been reached in another process.
+        present = [(p, track) for p, track in present if self._open and (track.microbatch or self.group is not None)]
+        if not present:
+            return {}
+        for p, track in present:
+            if not track.microbatch and p.grad is not None:
+                track.sums.add(torch.zeros_like(local(p.grad)), 0, fresh=True)
+                track.reached = [0, 0]
+        halves, reached = self.halves, [(a, b) for a, b in (track.reached for _, track in present)]
         if self.group is not None:
             sum_over(self.group, [total for _, track in present for total in track.sums.totals.values()])
+            if any(key.half is not None for _, track in present for key in track.sums.totals):
+                counts = torch.tensor(reached, dtype=torch.float32, device=local(present[0][0]).device)
+                sum_over(self.group, [counts])
+                reached = [(int(a), int(b)) for a, b in counts.tolist()]
+        before = torch.stack([track.norm for _, track in present if track.norm is not None])
+        # p.grad is this times the mean of the gradients seen, by whatever it was unscaled and clipped.
+        ratios = torch.where(before > 0.0, torch.stack(norms([p for p, _ in present])) / before, 1.0) * self.count
         found = {}
-        for (p, track), norm in zip(present, norms([p for p, _ in present]), strict=True):
-            assert track.norm is not None
-            # p.grad is this times the mean of the gradients seen, by whatever it was unscaled and clipped.
-            ratio = torch.where(track.norm > 0.0, norm / track.norm, 1.0) * self.count
-            for power, total in track.sums.totals.items():
-                members = count if power.half is None else halves[power.half]
-                total.mul_(ratio.to(total.dtype) ** power.exponent / max(members, 1))
+        for (p, track), ratio, counts in zip(present, ratios.unbind(), reached, strict=True):
             samples = ()
-            if track.samples:
-                zero = torch.zeros_like(next(iter(track.samples.values())))
+            if track.keep and p.grad is not None:
+                gradient = local(p.grad)
+                zero = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
                 samples = tuple(track.samples.get(j, zero) * ratio for j in range(self.count))
-            found[p] = Collected(track.sums.totals, samples, count, halves, self.group)
+            found[p] = Collected(track.sums.totals, ratio, samples, sum(halves), halves, counts, self.group)
         return found
 
     def _half(self, microbatch: int, rank: int) -> int:
@@ -148,20 +188,24 @@ class Microbatches:
         # FSDP sets gradients without autograd's leaf hooks.
         seen = parameter in self._incoming
         gradient = self._incoming.pop(parameter, None)
+        if not seen and track.previous is not None and track.previous[0]() is grad:
+            gradient = accumulated - track.previous[1]
         backward = torch._C._current_graph_task_id()
-        first = backward != self._backward
-        if not self._open or (first and seen and gradient is None and self._abandoned(parameter)):
+        # An outermost pass is a microbatch. Passes within it, as those of checkpointing, may be the first to arrive:
+        # they are told apart by a parameter that arrives again, and what began before them is of the same microbatch.
+        new = track.microbatch == self.count or (backward > self._latest and not _within_backward())
+        first, self._latest = backward != self._backward, max(backward, self._latest)
+        if not self._open or (first and gradient is None and self._abandoned(parameter)):
             self._open, self.count = True, 0
             for other in self._tracks.values():
                 other.microbatch, other.previous = 0, None
                 other.samples.clear()
-        if track.microbatch == self.count:
+            new = True
+        if new:
             self.count += 1
-        if gradient is None:
-            gradient = accumulated if seen or track.previous is None else accumulated - track.previous
-        self._add(track, local(gradient))
+        self._add(track, local(accumulated if gradient is None else gradient))
         if not seen:
-            track.previous = accumulated.clone()
+            track.previous = TensorWeakRef(grad), accumulated.clone()
         track.microbatch = self.count
         if first:
             self._backward = backward
@@ -177,20 +221,34 @@ class Microbatches:
         if track.keep:
             dtype = torch.promote_types(gradient.dtype, torch.float32)
             track.samples[self.count - 1] = gradient.to(dtype, copy=True)
-        rank = 0 if self.group is None else self.group.rank()
-        track.sums.add(gradient, self._half(self.count - 1, rank), fresh=track.microbatch == 0)
+        half = self._half(self.count - 1, 0 if self.group is None else self.group.rank())
+        if track.microbatch == 0:
+            track.reached = [0, 0]
+        track.reached[half] += 1
+        track.sums.add(gradient, half, fresh=track.microbatch == 0)
 
     @torch.no_grad()
     def _measure(self) -> None:
-        present = [(p, track) for p, track in self._tracks.items() if p.grad is not None and track.microbatch]
+        present = [(p, track) for p, track in self._tracks.items() if p.grad is not None]
         for (_, track), norm in zip(present, norms([p for p, _ in present]), strict=True):
             track.norm = norm
 
 
-def norms(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+def _within_backward() -> bool:
+    """Whether the pass at work was started by a node of another one, as reentrant checkpointing does."""
+    frame, started = sys._getframe(), False
+    while frame is not None:
+        started |= frame.f_code is _engine_run_backward.__code__
+        if started and frame.f_code is BackwardCFunction.apply.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def norms(parameters: Sequence[Tensor]) -> list[Tensor]:
     """‖p.grad‖ of each, in float32 or wider."""
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
     if not gradients:
         return []
     dtype = max((torch.promote_types(g.dtype, torch.float32) for g in gradients), key=lambda d: d.itemsize)
-    return torch._foreach_norm(gradients, 2, dtype=dtype)
+    return list(torch._foreach_norm(gradients, 2, dtype=dtype))

@@ -22,7 +22,7 @@ class Correction:
         relative: ‖u - u_std‖/‖u_std‖, u_std the standard update from the same gradients and moments.
         cosine: between u and u_std.
         dispersion: mean over coordinates of Var(D̂)/D², the preconditioner's relative variance as the inverse
-            correction estimates it; nan where nothing of the kind is collected.
+            correction estimates it; nan where nothing of the kind is collected, as for Sophia and Shampoo.
     """
 
     group: int

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lagless.optim.bias_corrected._adamw import PLAIN, adam_state, adam_update
+from lagless.optim.bias_corrected._adam_step import PLAIN, adam_state, adam_update
 from lagless.optim.bias_corrected._base import STANDARD, BiasCorrected, tensors_of
 from lagless.optim.bias_corrected._elements import move
 from lagless.optim.bias_corrected._factors import Factor, FactorSums, Partition
@@ -62,6 +62,7 @@ class BiasCorrectedShampoo(BiasCorrected):
             along the new ones, from the microbatches' gradients, which are kept, n buffers.
         adamw_betas: of what is stepped with AdamW, and of grafting.
         adamw_eps: likewise.
+        compile: step large contiguous tensors that go to AdamW by one kernel of ``torch.compile``.
         standard: parts of names of parameters for AdamW; () for none.
         report_freq: fewest steps between records for :meth:`correction_report`, made when roots are; 0 for never.
         process_group: data-parallel processes, all of whose microbatches are folds; None for the default group.
@@ -96,6 +97,7 @@ class BiasCorrectedShampoo(BiasCorrected):
         folds: Literal["lagged", "exact"] = "lagged",
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
+        compile: bool = False,
         standard: Sequence[str] = STANDARD,
         report_freq: int = 100,
         process_group: dist.ProcessGroup | None = None,
@@ -115,6 +117,7 @@ class BiasCorrectedShampoo(BiasCorrected):
             "folds": folds,
             "adamw_betas": adamw_betas,
             "adamw_eps": adamw_eps,
+            "compile": compile,
         }
         self._factor_sums: dict[Tensor, FactorSums] = {}
         super().__init__(params, defaults, standard=standard, report_freq=report_freq, process_group=process_group)
@@ -184,19 +187,13 @@ class BiasCorrectedShampoo(BiasCorrected):
             sums.due = int(state.get("step", 0)) % group["root_freq"] == 0
             sums.vectors = [state[f.name("vectors")] for f in sums.partition.factors if f.name("vectors") in state]
 
-    def _recorder(self, index: int, group: dict[str, Any]) -> CorrectionSums | None:
-        if not self._report_freq or not self._corrects(group):
-            return None
-        steps = [int(self.state[p]["step"]) for p in group["params"] if "step" in self.state[p]]
-        step = 1 + max(steps, default=0)
-        former = self._sums.get(index)
-        if (step - 1) % group["root_freq"] or (former is not None and step - former.step < self._report_freq):
-            return None
-        self._sums[index] = CorrectionSums(step)
-        return self._sums[index]
+    def _records(self, group: dict[str, Any], step: int, former: CorrectionSums | None) -> bool:
+        due = former is None or step - former.step >= self._report_freq
+        return due and (step - 1) % group["root_freq"] == 0
 
     def _update(self, group: dict[str, Any], collected: dict[Tensor, Collected], sums: CorrectionSums | None) -> None:
-        adamw = {"betas": group["adamw_betas"], "eps": group["adamw_eps"], "support_clip": None, "update_clip": None}
+        adamw = {"betas": group["adamw_betas"], "eps": group["adamw_eps"]}
+        adamw |= {"support_clip": None, "support_eps": 0.0, "update_clip": None}
         matrices = []
         for p in group["params"]:
             if p.grad is None:
@@ -255,8 +252,8 @@ class BiasCorrectedShampoo(BiasCorrected):
     def _fed(self, group: dict[str, Any], p: Tensor, factor: Factor, found: Collected | None) -> Tensor:
         """S_L or S_R of one block."""
         assert p.grad is not None
-        if group["cross_fit"] == "split" and found is not None and found.halves[1]:
-            return found.means[factor.gram]
+        if group["cross_fit"] == "split" and found is not None and all(found.reached):
+            return found.mean(factor.gram)
         block = factor.of(p.grad.to(self.state[p]["exp_avg"].dtype))
         return block @ block.mT
 
@@ -276,9 +273,9 @@ class BiasCorrectedShampoo(BiasCorrected):
             samples = torch.stack([energies(factor.of(g), basis.vectors) for g in chosen])
             return weight * Spread(samples, count).variance_of_mean(samples)
         vectors = self.state[p].get(factor.name("vectors"))
-        mean, square = found.means.get(factor.energy(2, half)), found.means.get(factor.energy(4, half))
-        if vectors is None or mean is None or square is None:
+        if vectors is None or factor.energy(2, half) not in found.totals:
             return None
+        mean, square = found.mean(factor.energy(2, half)), found.mean(factor.energy(4, half))
         spread = two_nodes(mean, square - mean * mean, count)
         overlap = (basis.vectors.mT @ vectors).square_()
         return weight * overlap @ spread.variance_of_mean(spread.nodes)
@@ -295,8 +292,10 @@ class BiasCorrectedShampoo(BiasCorrected):
         state, partition = self.state[p], Partition(p.shape, group["block_size"])
         m, dtype = state["exp_avg"], state["exp_avg"].dtype
         mean = p.grad.to(dtype)
-        split = group["cross_fit"] == "split" and found is not None
-        fed = found.means[partition.numerator] if split and found is not None else mean
+        split = group["cross_fit"] == "split" and found is not None and all(found.reached)
+        fed = found.mean(partition.numerator) if split and found is not None else mean
+        if (p, partition.factors[0]) not in bases:
+            report = None  # without a gradient in some step, its roots are taken in other ones
         old = m.clone() if report is not None else m
         m.lerp_(fed, 1.0 - group["betas"][0])
         update = partition.multiply(m, [state[f.name("root")] for f in partition.factors])

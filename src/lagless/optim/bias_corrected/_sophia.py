@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lagless.optim._blocks import local
-from lagless.optim.bias_corrected._base import STANDARD, BiasCorrected
+from lagless.optim._kernels import compiled, fits_kernel, flat, on_device
+from lagless.optim.bias_corrected._base import STANDARD, BiasCorrected, tensors_of
 from lagless.optim.bias_corrected._elements import move, pieces
 from lagless.optim.bias_corrected._hyperparameters import (
     require,
@@ -54,9 +57,12 @@ class BiasCorrectedSophia(BiasCorrected):
             "none", those of one microbatch for "split". Sampled-label gradients have mean 0, so the mean of n squares
             is n times the square of the mean, and the same number for both would make P n times as large.
         clip: largest |u| per coordinate.
-        hessian_freq: k, steps between estimates of the curvature.
+        hessian_freq: k, steps between estimates of the curvature. Where such a step has one microbatch only and
+            cross_fit is "split", the former estimate stays until the next.
         cross_fit: "none" or "split".
         inverse_correction: "none", "post_ema" or "pre_ema".
+        compile: step large contiguous tensors by one kernel of ``torch.compile``, and add each of their microbatches to
+            all its sums by one. Steps that are recorded go block by block.
         standard: parts of names of parameters to step without corrections; () for none. Their ``batch_size`` is the
             same, so give groups of their own where parity matters.
         report_freq: every how many steps to record for :meth:`correction_report`; 0 for never.
@@ -64,6 +70,7 @@ class BiasCorrectedSophia(BiasCorrected):
 
     Raises:
         ValueError: for a hyperparameter out of range.
+        NotImplementedError: for sharded parameters.
 
     Reference:
         Liu et al., arXiv 2305.14342, Algorithm 3; Nayak et al., arXiv 2605.20756. No bias correction of m or h.
@@ -85,6 +92,7 @@ class BiasCorrectedSophia(BiasCorrected):
         hessian_freq: int = 10,
         cross_fit: Literal["none", "split"] = "split",
         inverse_correction: Literal["none", "post_ema", "pre_ema"] = "none",
+        compile: bool = False,
         standard: Sequence[str] = STANDARD,
         report_freq: int = 100,
         process_group: dist.ProcessGroup | None = None,
@@ -100,6 +108,7 @@ class BiasCorrectedSophia(BiasCorrected):
             "hessian_freq": hessian_freq,
             "cross_fit": cross_fit,
             "inverse_correction": inverse_correction,
+            "compile": compile,
         }
         self._curvature: dict[Tensor, PowerSums] = {}
         self._estimates = [0, 0]  # of either half
@@ -119,15 +128,27 @@ class BiasCorrectedSophia(BiasCorrected):
 
         Returns:
             A handle whose ``remove()`` ends it.
+
+        Raises:
+            RuntimeError: in the forward pass, if the model returns no logits.
         """
         owner = weakref.ref(self)
 
         def sample(_: nn.Module, __: Any, arguments: dict[str, Any], output: Any) -> None:
             optimizer, labels = owner(), arguments.get("labels")
-            if optimizer is None or labels is None or not torch.is_grad_enabled() or not output.logits.requires_grad:
+            if optimizer is None or labels is None or not torch.is_grad_enabled():
                 return
             if optimizer.curvature_due and optimizer._wanted():
-                optimizer.add_curvature(sampled_label_loss(output.logits, labels), retain_graph=True)
+                logits = getattr(output, "logits", None)
+                if logits is None:
+                    raise RuntimeError(
+                        f"{type(model).__name__} returned no logits, from which labels are to be sampled: its loss may "
+                        "be fused with its last layer, as by TRL's SFTTrainer. Use transformers.Trainer, or do without "
+                        "estimate_curvature: where optimizer.curvature_due, call the model without labels and give "
+                        "sampled_label_loss(logits, labels) to optimizer.add_curvature."
+                    )
+                if logits.requires_grad:
+                    optimizer.add_curvature(sampled_label_loss(logits, labels), retain_graph=True)
 
         return model.register_forward_hook(sample, with_kwargs=True)
 
@@ -141,11 +162,13 @@ class BiasCorrectedSophia(BiasCorrected):
         """
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
+        if all(q is None for q in gradients):
+            raise RuntimeError("this loss depends on none of the optimizer's parameters; give that of their own model.")
         half, fresh = self._half(), not any(self._estimates)
         with torch.no_grad():
             for group in self.param_groups:
                 for p in group["params"]:
-                    sums = self._curvature.setdefault(p, PowerSums(_curvature_powers(group)))
+                    sums = self._sums_of(group, p)
                     if fresh:
                         sums.totals.clear()
             for p, q in zip(parameters, gradients, strict=True):
@@ -179,16 +202,32 @@ class BiasCorrectedSophia(BiasCorrected):
         corrections = ("none", "post_ema", "pre_ema")
         good = group["inverse_correction"] in corrections
         require(self, group, "inverse_correction", good, f"one of {corrections}")
+        if any(isinstance(p, DTensor) for p in tensors_of(group)):
+            raise NotImplementedError(
+                f"{type(self).__name__}: these parameters are sharded, and the gradients of sampled labels, which must "
+                "stay out of p.grad, do not reach sharded parameters. Use DistributedDataParallel."
+            )
 
     def _needs(self, group: dict[str, Any], parameter: Tensor) -> tuple[Sums | None, bool]:
-        return PowerSums((Power(1, 0),)) if group["cross_fit"] == "split" else None, False
+        return PowerSums((Power(1, 0),), group["compile"]) if group["cross_fit"] == "split" else None, False
 
-    def _all_finite(self, parameters: Sequence[Tensor]) -> bool:
-        totals = [total for sums in self._curvature.values() for total in sums.totals.values()]
-        if self._microbatches.group is not None:
-            sum_over(self._microbatches.group, totals)  # in every step or in none: all ranks are due together
-        finite = not totals or bool(torch.stack(torch._foreach_norm(totals)).isfinite().all())
-        return super()._all_finite(parameters) and finite
+    def _all_finite(self, parameters: Sequence[Tensor], totals: Sequence[Tensor]) -> bool:
+        if self._microbatches.group is not None and self.curvature_due:  # all ranks are due together
+            self._reduce(self._microbatches.group)
+        curvature = [total for sums in self._curvature.values() for total in sums.totals.values()]
+        return super()._all_finite(parameters, [*totals, *curvature])
+
+    def _reduce(self, over: dist.ProcessGroup) -> None:
+        """Replace curvature and its counts by those of all processes, which need not have reached the same."""
+        wanted = [(g, p) for g in self.param_groups for p in g["params"] if p.requires_grad]
+        for group, p in wanted:
+            self._sums_of(group, p).start(p)
+        counts = torch.tensor(self._estimates, dtype=torch.float32, device=wanted[0][1].device if wanted else None)
+        sum_over(over, [counts, *(total for _, p in wanted for total in self._curvature[p].totals.values())])
+        self._estimates = [int(count) for count in counts.tolist()]
+
+    def _sums_of(self, group: dict[str, Any], p: Tensor) -> PowerSums:
+        return self._curvature.setdefault(p, PowerSums(_curvature_powers(group), group["compile"]))
 
     def _forget(self, stepped: bool) -> None:
         # Curvature is estimated before its microbatch's backward(), and zero_grad() may come between.
@@ -200,7 +239,9 @@ class BiasCorrectedSophia(BiasCorrected):
     def _refuse(self, groups: Sequence[dict[str, Any]]) -> None:
         super()._refuse(groups)
         for group in groups:
-            if self._due(group) and not self._estimates_of(group):
+            # The remainder of an epoch may be one microbatch, and none of the half that curvature is taken from.
+            rest = group["cross_fit"] == "split" and self._microbatches.halves == (1, 0) and self._folds_seen
+            if self._due(group) and not self._estimates_of(group) and not rest:
                 raise RuntimeError(
                     "this step needs curvature and none was collected. Call optimizer.estimate_curvature(model) before "
                     "training, or optimizer.add_curvature(loss) when optimizer.curvature_due."
@@ -214,14 +255,8 @@ class BiasCorrectedSophia(BiasCorrected):
                 self._update_one(group, p, collected.get(p), estimates, sums)
 
     def _estimates_of(self, group: dict[str, Any]) -> int:
-        """How many microbatches' curvature there is for a group, over all processes."""
-        counts = torch.tensor(self._estimates, dtype=torch.float32)
-        over = self._microbatches.group
-        if over is not None:
-            device = next(iter(self._curvature), counts).device
-            counts = counts.to(device)
-            dist.all_reduce(counts, group=over)
-        first, second = (int(c) for c in counts)
+        """How many microbatches' curvature there is for a group."""
+        first, second = self._estimates
         return second if group["cross_fit"] == "split" else first + second
 
     def _update_one(
@@ -234,23 +269,68 @@ class BiasCorrectedSophia(BiasCorrected):
             state["step"] = torch.zeros((), dtype=torch.float32)
             for name in ("exp_avg", "hessian", "inverse"):
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            state["inverse"].fill_(1.0 / group["eps"])  # of no curvature, until there is an estimate
         state["step"] += 1
-        split = group["cross_fit"] == "split"
-        b1, scale = group["betas"][0], group["rho"] * group["batch_size"]
+        k = Numbers.at(group)
         sums = self._curvature.get(p, PowerSums(())).totals if estimates else {}
-        half = found.means[Power(1, 0)] if split and found is not None and found.halves[0] else p.grad
-        tensors = [local(t) for t in (p, half, p.grad, state["exp_avg"], state["hessian"], state["inverse"])]
-        for live, gradient, mean, m, h, inverse, *totals in pieces(*tensors, *sums.values()):
-            if estimates:
-                variance = _take_in(h, dict(zip(sums, totals, strict=True)), group, estimates, scale)
-                inverse.copy_(sophia_inverse(h, scale, group["eps"], variance))
-            old, fed = m.clone() if report is not None else m, gradient.to(m.dtype)
-            update = sophia_update(m.lerp_(fed, 1.0 - b1), inverse, group["clip"])
-            if report is not None:
-                plain = sophia_inverse(h, scale, group["eps"])
-                standard = sophia_update(old.lerp_(mean.to(m.dtype), 1.0 - b1), plain, group["clip"])
-                report.add(update, standard, None)
-            move(live, update, group["lr"], group["weight_decay"])
+        split = group["cross_fit"] == "split" and found is not None and all(found.reached)
+        half = found.mean(Power(1, 0)) if split and found is not None else p.grad
+        row = [local(t) for t in (p, half, state["exp_avg"], state["hessian"], state["inverse"], *sums.values())]
+        if group["compile"] and report is None and fits_kernel(row):
+            compiled(_one_pass)(tuple(sums), estimates, on_device(k, row[2].dtype, row[2].device), *map(flat, row))
+            increment_version(row[0])
+            return
+        for mean, *piece in pieces(local(p.grad), *row):
+            _step(tuple(sums), estimates, k, *piece, mean=mean, report=report)
+
+
+class Numbers(NamedTuple):
+    """What may change from step to step: numbers, or tensors of no dimension."""
+
+    lr: Any
+    weight_decay: Any
+    eps: Any
+    beta1: Any
+    beta2: Any
+    scale: Any  # ρ · batch_size
+    clip: Any
+
+    @classmethod
+    def at(cls, group: dict[str, Any]) -> Numbers:
+        """Those of a parameter group."""
+        (b1, b2), scale = group["betas"], group["rho"] * group["batch_size"]
+        return cls(group["lr"], group["weight_decay"], group["eps"], b1, b2, scale, group["clip"])
+
+
+def _one_pass(powers: tuple[Power, ...], estimates: int, numbers: Tensor, *row: Tensor) -> None:
+    _step(powers, estimates, Numbers(*numbers.unbind()), *row)
+
+
+def _step(
+    powers: tuple[Power, ...],
+    estimates: int,
+    k: Numbers,
+    live: Tensor,
+    gradient: Tensor,
+    m: Tensor,
+    h: Tensor,
+    inverse: Tensor,
+    *totals: Tensor,
+    mean: Tensor | None = None,
+    report: CorrectionSums | None = None,
+) -> None:
+    """One step of what is given; curvature is taken in if there are ``estimates`` of it."""
+    if estimates:
+        means = {power: total / estimates for power, total in zip(powers, totals, strict=True)}
+        variance = _take_in(h, means, k, estimates)
+        inverse.copy_(sophia_inverse(h, k.scale, k.eps, variance))
+    old = m.clone() if report is not None else m
+    m.lerp_(gradient.to(m.dtype), 1.0 - k.beta1)
+    update = sophia_update(m, inverse, k.clip)
+    if report is not None and mean is not None:
+        plain = sophia_inverse(h, k.scale, k.eps)
+        report.add(update, sophia_update(old.lerp_(mean.to(m.dtype), 1.0 - k.beta1), plain, k.clip), None)
+    move(live, update, k.lr, k.weight_decay)
 
 
 def sampled_label_loss(
@@ -280,15 +360,12 @@ def _curvature_powers(group: dict[str, Any]) -> tuple[Power, ...]:
     return (Power(1), Power(2), Power(4)) if corrected else (Power(1),)
 
 
-def _take_in(h: Tensor, sums: dict[Power, Tensor], group: dict[str, Any], n: int, scale: float) -> Tensor | None:
+def _take_in(h: Tensor, means: dict[Power, Tensor], k: Numbers, n: int) -> Tensor | None:
     """Move h on, and return V; a parameter that sampled labels did not reach has curvature 0."""
-    means = {power: total / n for power, total in sums.items()}
-    half = 1 if group["cross_fit"] == "split" else None
-    square = means.get(Power(2, half))
-    mean = means.get(Power(1))
-    fed = square if mean is None else mean * mean
-    h.lerp_(torch.zeros_like(h) if fed is None else fed, 1.0 - group["betas"][1])
-    fourth = means.get(Power(4, half))
+    first = means.get(Power(1))
+    square, fourth = (means.get(Power(e, 1), means.get(Power(e))) for e in (2, 4))
+    fed = square if first is None else first * first
+    h.lerp_(torch.zeros_like(h) if fed is None else fed, 1.0 - k.beta2)
     if fourth is None or square is None or n < 2:
         return None
-    return sophia_variance(two_nodes(square, fourth - square * square, n), group["betas"][1], scale)
+    return sophia_variance(two_nodes(square, fourth - square * square, n), k.beta2, k.scale)

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lagless.optim._kernels import compiled, fits_kernel, flat
+
 
 class Power(NamedTuple):
     """A sum to keep: Σ g_j^exponent over the microbatches of one half (0 or 1), or of both (None)."""
@@ -32,32 +34,51 @@ class Sums(Protocol):
 
 
 class PowerSums:
-    """The sums of powers of one parameter's gradients."""
+    """The sums of powers of one parameter's gradients.
 
-    def __init__(self, powers: Sequence[Power]) -> None:
-        self.powers = tuple(powers)
+    Args:
+        powers: which ones.
+        compile: add to all of them by one kernel, where the gradient is large and contiguous.
+    """
+
+    def __init__(self, powers: Sequence[Power], compile: bool = False) -> None:
+        self.powers, self._compile = tuple(powers), compile
         self.totals: dict[Power, Tensor] = {}
 
     def add(self, gradient: Tensor, half: int, fresh: bool) -> None:
         """Count a microbatch of ``half``; the first one if ``fresh``."""
-        if not self.powers:
+        self.start(gradient)
+        for power in self.powers:
+            if fresh and power.half not in (None, half):
+                self.totals[power].zero_()
+        mine = [power for power in self.powers if power.half in (None, half)]
+        if not mine:
             return
-        g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        square = None
+        exponents, row = tuple(power.exponent for power in mine), [gradient, *(self.totals[power] for power in mine)]
+        if self._compile and fits_kernel(row):
+            compiled(_add_powers)(exponents, fresh, *map(flat, row))
+        else:
+            _add_powers(exponents, fresh, *row)
+
+    def start(self, like: Tensor) -> None:
+        """Make the sums that are not there yet, of 0."""
+        wide = torch.promote_types(like.dtype, torch.float32)
         for power in self.powers:
             if power not in self.totals:
-                self.totals[power] = torch.zeros_like(g, memory_format=torch.preserve_format)
-            elif fresh:
-                self.totals[power].zero_()
-            if power.half not in (None, half):
-                continue
-            if power.exponent == 1:
-                self.totals[power].add_(g)
-            elif power.exponent == 2:
-                self.totals[power].addcmul_(g, g)
-            else:
-                square = g * g if square is None else square
-                self.totals[power].addcmul_(square, g if power.exponent == 3 else square)
+                self.totals[power] = torch.zeros_like(like, dtype=wide, memory_format=torch.preserve_format)
+
+
+def _add_powers(exponents: tuple[int, ...], fresh: bool, gradient: Tensor, *totals: Tensor) -> None:
+    """``total ← total + g^exponent``, from 0 if ``fresh``."""
+    g = gradient.to(totals[0].dtype)
+    square = g * g if max(exponents) > 2 else g
+    for exponent, total in zip(exponents, totals, strict=True):
+        if fresh:
+            total.zero_()
+        if exponent == 1:
+            total.add_(g)
+        else:
+            total.addcmul_(square if exponent > 2 else g, square if exponent == 4 else g)
 
 
 def sum_over(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> None:
