@@ -198,6 +198,11 @@ class Averager:
         """Whether parameters are sharded, so that all ranks must :meth:`save` together."""
         return any(sharding.mesh is not None for sharding in self._live.shardings)
 
+    @property
+    def in_model(self) -> str | None:
+        """The average that is in the model now, inside :meth:`applied`; None for the live weights."""
+        return self._applied
+
     @contextmanager
     def applied(self, name: str | None = None) -> Iterator[None]:
         """The model with averaged weights inside the ``with`` block; afterwards, also after an error, the live bits.

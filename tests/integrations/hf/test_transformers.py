@@ -412,3 +412,15 @@ def test_a_trainer_with_an_evaluation_of_its_own_averages_without_evaluating(hf,
     assert trainer.evaluate() == {"eval_own": 1.0}
     with pytest.raises(RuntimeError, match=r"finds no Trainer.*evaluate=\[\]"):
         hf.trainer(tmp_path, [AveragingCallback(EMA())], kind=Own, **EVALUATING).train()
+
+
+def test_an_average_that_is_in_the_model_is_evaluated_by_hand(hf, tmp_path):
+    callback = AveragingCallback(EMA(decay=0.5))
+    trainer = hf.trainer(tmp_path, [callback])
+    trainer.train()
+    average = trainer.evaluate()["eval_ema_loss"]
+    with callback.averager.applied():
+        assert callback.averager.in_model == "ema"
+        metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(average) and "eval_ema_loss" not in metrics
+    assert callback.averager.in_model is None

@@ -141,7 +141,7 @@ class AveragingCallback(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate the averages as the live model has just been, and add their metrics to its own."""
-        if self.averager is None or not self._evaluated(self.averager):
+        if self.averager is None or self.averager.in_model or not self._evaluated(self.averager):
             return
         trainer, arguments = calling_trainer(self, "eval_dataset", "ignore_keys", "metric_key_prefix")
         if state.global_step:
