@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-SMALLEST = 1 << 16  # elements: below this, calling a compiled kernel costs more than it saves
+from lagless.averaging._fused import SMALLEST as SMALLEST
 
 
 def fits_kernel(row: Sequence[Tensor]) -> bool:

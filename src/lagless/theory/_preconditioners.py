@@ -69,9 +69,21 @@ class UpdateEstimator(Protocol):
 
 @dataclass(frozen=True)
 class AdamEstimator(updates.AdamForm):
-    __doc__ = f"""{updates.AdamForm.__doc__ or ""}
-    For leave_one_out ``two_nodes`` replaces the microbatches by two nodes of the same mean and variance, as an
-    optimizer does that does not keep them.
+    """A form of Adam's update, from the gradients of every microbatch of a step.
+
+    Args:
+        cross_fit: how numerator and second moment are kept apart: none, split, symmetric or leave_one_out.
+        inverse_correction: what is subtracted from the inverse: none, post_ema, pre_ema or jackknife.
+        alpha: in [0, 1], for split: the share of B's mean square in the second moment.
+        adaptive_alpha: multiply α by the cosine between the two second moments.
+        constants: of the corrections.
+        two_nodes: for leave_one_out, replace the microbatches by two nodes of the same mean and variance, as an
+            optimizer does that does not keep them.
+
+    Raises:
+        ValueError: for an unknown name or a correction that ``cross_fit`` does not have.
+
+    The optimizers use the same functions: see :class:`lagless.optim.BiasCorrectedAdamW`.
     """
 
     two_nodes: bool = False
