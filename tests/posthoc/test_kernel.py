@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ def test_equals_the_product(compiled, rows, columns, count, dtype):
     weights = torch.randn(rows, columns, dtype=dtype, generator=generator)
     x = torch.randn(columns, count + 3, dtype=dtype, generator=generator)[:, :count]
     out = torch.full((rows, count + 5), 7.0, dtype=dtype)
-    kernel.multiply(weights, x, out[:, :count])
+    kernel.Product(weights, x, out[:, :count])()
     expected = weights.double() @ x.double()
     scale = weights.double().abs() @ x.double().abs()
     assert ((out[:, :count].double() - expected).abs() <= 2 * columns * torch.finfo(dtype).eps * scale).all()
@@ -28,10 +29,10 @@ def test_equals_the_product(compiled, rows, columns, count, dtype):
 
 def test_an_element_does_not_depend_on_where_blocks_begin(compiled):
     weights, x, out = torch.randn(7, 9), torch.randn(9, 1000), torch.empty(7, 1000)
-    kernel.multiply(weights, x, out)
+    kernel.Product(weights, x, out)()
     shifted = torch.empty(7, 1000)
-    kernel.multiply(weights, x[:, :331], shifted[:, :331])
-    kernel.multiply(weights, x[:, 331:], shifted[:, 331:])
+    kernel.Product(weights, x[:, :331], shifted[:, :331])()
+    kernel.Product(weights, x[:, 331:], shifted[:, 331:])()
     assert torch.equal(out, shifted)
 
 
@@ -39,8 +40,36 @@ def test_an_element_does_not_depend_on_where_blocks_begin(compiled):
 def test_nonfinite_values_reach_every_row(compiled, value):
     weights, x, out = torch.zeros(6, 2), torch.ones(2, 70), torch.empty(6, 70)
     x[1, 3] = x[1, 69] = value
-    kernel.multiply(weights, x, out)
+    kernel.Product(weights, x, out)()
     assert out[:, [3, 69]].isnan().all() and out.isnan().sum() == 12
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [0, 127, 128, 298])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_checked_rows_that_are_not_finite_are_noticed(value, where, dtype):
+    weights, x, out = torch.eye(3, dtype=dtype), torch.ones(3, 299, dtype=dtype), torch.empty(3, 299, dtype=dtype)
+    x[:, :9] = torch.finfo(dtype).max  # finite, though the sum of a row is not
+    assert kernel.Product(weights, x, out, [0, 1, 2])()
+    x[1, where] = value  # reaches every row, since 0 times it is NaN
+    for checked in ([0], [1], [2, 0]):
+        assert not kernel.Product(weights, x, out, checked)()
+    assert kernel.Product(weights, x, out)()  # nobody asked
+
+
+def test_pieces_are_filled_from_files(compiled, tmp_path):
+    content = bytes(range(256))
+    (tmp_path / "a").write_bytes(content)
+    (tmp_path / "b").write_bytes(content[::-1])
+    arrays = [np.zeros(size, dtype=np.uint8) for size in (7, 100, 5)]
+    with (tmp_path / "a").open("rb") as a, (tmp_path / "b").open("rb") as b:
+        files = np.array([a.fileno(), b.fileno(), a.fileno()], dtype=np.int32)
+        pieces = kernel.Pieces(arrays)
+        assert pieces.fill(files, np.array([0, 10, 251])) == 3
+        assert [bytes(array) for array in arrays] == [content[:7], content[::-1][10:110], content[251:]]
+        assert pieces.fill(files, np.array([3, 200, 0])) == 1  # b ends after 56 of 100 bytes
+        assert bytes(arrays[0]) == content[3:10]
+    assert pieces.fill(files, np.zeros(3, dtype=np.int64)) == 0  # closed
 
 
 @pytest.mark.parametrize("compiler", ["lagless-has-no-such-compiler", "false"])
@@ -50,6 +79,9 @@ def test_without_a_compiler_it_is_torch_mm(monkeypatch, compiler):
     try:
         weights, x, out = torch.randn(6, 9), torch.randn(9, 50), torch.empty(6, 50)
         assert kernel._library() is None
-        assert torch.equal(kernel.multiply(weights, x, out), weights @ x)
+        assert kernel.Product(weights, x, out, [0, 5])() and torch.equal(out, weights @ x)
+        x[0, 0] = float("nan")
+        assert not kernel.Product(weights, x, out, [5])()
+        assert kernel.Pieces([np.zeros(1, np.uint8)]).fill(np.zeros(1, np.int32), np.zeros(1, np.int64)) == 0
     finally:
         kernel._library.cache_clear()

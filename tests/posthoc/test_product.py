@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 from torch import Tensor
 
-from lagless.posthoc import CheckpointError, combine_checkpoints, fingerprint, open_checkpoint, stream_product
-from lagless.posthoc.blocks import block_width, covering_rows
+from lagless.posthoc import CheckpointError, combine_checkpoints, fingerprint, kernel, open_checkpoint, stream_product
+from lagless.posthoc.blocks import block_width, covering_rows, scratch_bytes
 
 from .conftest import State, make_state, save_model, save_sharded
 
@@ -129,24 +129,38 @@ def test_sharded_equals_single_bit_for_bit(make_run: Make, tmp_path: Path) -> No
     assert all(torch.equal(one[name], other[name]) for name in states[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_c", [True, False])
 @pytest.mark.parametrize("rows", [1, 9])
 def test_every_byte_is_read_once_and_zero_columns_never(
-    make_run: Make, monkeypatch: pytest.MonkeyPatch, rows: int
+    make_run: Make, monkeypatch: pytest.MonkeyPatch, rows: int, in_c: bool, dtype: torch.dtype
 ) -> None:
-    states = [make_state(i) for i in range(4)]
+    states = [make_state(i, dtype) for i in range(4)]
     run = make_run(states)
     checkpoints = _open(run)
     reads: Counter[tuple[str, int]] = Counter()
     real, lock = os.preadv, threading.Lock()
 
-    def counting(descriptor: int, buffers: list, offset: int) -> int:
-        count = real(descriptor, buffers, offset)
+    def note(descriptor: int, offset: int, count: int) -> None:
         with lock:
             path = os.readlink(f"/proc/self/fd/{descriptor}")
             reads.update((path, byte) for byte in range(offset, offset + count))
+
+    def counting(descriptor: int, buffers: list, offset: int) -> int:
+        count = real(descriptor, buffers, offset)
+        note(descriptor, offset, count)
         return count
 
+    fill = kernel.Pieces.fill
+
+    def counting_fill(pieces: kernel.Pieces, files: np.ndarray, positions: np.ndarray) -> int:
+        done = fill(pieces, files, positions) if in_c else 0
+        for k in range(done):
+            note(files[k], positions[k], pieces.views[k].nbytes)
+        return done
+
     monkeypatch.setattr(os, "preadv", counting)
+    monkeypatch.setattr(kernel.Pieces, "fill", counting_fill)
     weights = np.random.default_rng(0).normal(size=(rows, 4))
     weights[:, 1] = 0.0
     prints = stream_product(checkpoints, weights, lambda *_: None, memory=160_000, workers=2)
@@ -285,10 +299,18 @@ def _peak() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([4, 8, 12]), st.integers(10**7, 2**30))
-def test_blocks_fit_into_the_memory(rows: int, columns: int, sum_bytes: int, memory: int) -> None:
-    width = block_width(rows, columns, sum_bytes, memory, 8 << 20, 1 << 15)
-    assert 0 < width * ((rows + columns) * sum_bytes + 16) <= memory
+@given(
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.sampled_from([4, 8, 12]),
+    st.sampled_from([[], [torch.bfloat16], [torch.float32, torch.float16]]),
+    st.integers(10**7, 2**30),
+)
+def test_blocks_fit_into_the_memory(rows: int, columns: int, sum_bytes: int, converted: list, memory: int) -> None:
+    scratch = scratch_bytes(columns, converted)
+    assert scratch == max(8, columns * max([0, *(dtype.itemsize for dtype in converted)]))
+    width = block_width(rows, columns, sum_bytes, scratch, memory, 4 << 20, 1 << 15)
+    assert 0 < width * ((rows + columns) * sum_bytes + scratch + 8) <= memory
 
 
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 1000))

@@ -7,7 +7,6 @@ release the interpreter's lock.
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections import deque
@@ -18,23 +17,22 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from lagless.posthoc.blocks import WIDEST, Workspace, block_width, covering_rows
+from lagless.posthoc.blocks import OpenTensor, Workspace, block_width, covering_rows, scratch_bytes
 from lagless.posthoc.checkpoint import Checkpoint
 from lagless.posthoc.errors import CheckpointError
 from lagless.posthoc.fingerprint import combine_digests
 from lagless.posthoc.ranks import Ranks
-from lagless.posthoc.readers import Reader
+from lagless.posthoc.readers import byte_view
 
 Accumulate = Literal["float32", "float64"]
 Progress = Callable[[int, int], None]
 
 _WORKERS = 8  # more do not read faster
 _OPEN_FILES = 256  # well below the usual limit of 1024 per process
-_WORKSPACE = 8 << 20  # bytes per worker at which blocks stay in cache and calls are few; measured on 2 cores
+_WORKSPACE = 4 << 20  # bytes per worker at which blocks stay in cache and calls are few; measured on 2 cores
 _SHORTEST = 1 << 15  # elements; shorter reads cost more in calls than they gain in cache
 
 
@@ -141,7 +139,9 @@ class _Product:
         self._types = {name: _sum_type([c.tensors[name].dtype for c in sources], accumulate) for name in self._tensors}
         sum_bytes = sum(dtype.itemsize for dtype in set(self._types.values()) if dtype is not None)
         rows, columns = weights.shape
-        self._width = block_width(rows, columns, sum_bytes, memory // workers, _WORKSPACE, _SHORTEST)
+        stored = ((c.tensors[name].dtype, dtype) for c in sources for name, dtype in self._types.items())
+        self._scratch = scratch_bytes(columns, {held for held, dtype in stored if dtype is not None and held != dtype})
+        self._width = block_width(rows, columns, sum_bytes, self._scratch, memory // workers, _WORKSPACE, _SHORTEST)
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._progress, self._done, self._total = (
             progress,
@@ -167,7 +167,7 @@ class _Product:
 
     def _work(self) -> None:
         keep_open = len(self._sources) * self._workers <= _OPEN_FILES
-        scratch = torch.empty(self._width * WIDEST, dtype=torch.uint8, device="cpu")
+        scratch = torch.empty(self._width * self._scratch, dtype=torch.uint8, device="cpu")
         spaces: dict[torch.dtype, Workspace] = {}
         while not self._stop.is_set():
             try:
@@ -176,41 +176,33 @@ class _Product:
                 return
             dtype = self._types[name]
             if dtype is not None and dtype not in spaces:
-                spaces[dtype] = Workspace(self._weights, self._width, dtype, scratch)
+                spaces[dtype] = Workspace(self._weights, self._width, dtype, self._checked, scratch)
             with ExitStack() as stack:
                 readers = [stack.enter_context(source.reader(name, keep_open)) for source in self._sources]
-                digests = [xxhash.xxh3_128() for _ in readers]
+                tensor = OpenTensor(readers, [source.tensors[name].dtype for source in self._sources])
                 for start in range(0, self._tensors[name].numel, self._width):
                     if self._stop.is_set():
                         return
                     if dtype is None:
-                        self._copy(name, start, scratch, readers, digests)
+                        self._copy(name, start, scratch, tensor)
                     else:
-                        self._sum(name, start, spaces[dtype], readers, digests)
-            self._digests[name] = [digest.hexdigest() for digest in digests]
+                        self._sum(name, start, spaces[dtype], tensor)
+            self._digests[name] = tensor.hexdigests()
 
-    def _sum(
-        self, name: str, start: int, space: Workspace, readers: list[Reader], digests: list[xxhash.xxh3_128]
-    ) -> None:
+    def _sum(self, name: str, start: int, space: Workspace, tensor: OpenTensor) -> None:
         count = min(self._width, self._tensors[name].numel - start)
-        for row, (source, reader, digest) in enumerate(zip(self._sources, readers, digests, strict=True)):
-            space.load(row, reader, source.tensors[name], start, count, digest)
-        block = space.multiply(count)
-        if not all(math.isfinite(block[row].sum().item()) for row in self._checked):
+        block, finite = space.form(tensor, start, count)
+        if not finite:
             self._refuse_nonfinite(name, start, space.rows[:, :count])
         self._consumer(name, start, block)
         self._report(name, count)
 
-    def _copy(
-        self, name: str, start: int, scratch: Tensor, readers: list[Reader], digests: list[xxhash.xxh3_128]
-    ) -> None:
+    def _copy(self, name: str, start: int, scratch: Tensor, tensor: OpenTensor) -> None:
         info = self._tensors[name]
         count = min(self._width, info.numel - start)
         part = scratch[: count * info.dtype.itemsize]
-        raw = part.numpy()
-        for reader, digest in zip(readers, digests, strict=True):  # what stays in part is the last checkpoint's
-            reader.read(start * info.dtype.itemsize, raw)
-            digest.update(raw.data)
+        for row in range(len(self._sources)):  # what stays in part is the last checkpoint's
+            tensor.read_one(row, start, byte_view(part).data)
         self._consumer(name, start, part.view(info.dtype).expand(len(self._weights), count))
         self._report(name, count)
 

@@ -54,6 +54,11 @@ class FileReader:
         except OSError as error:
             raise CheckpointError(f"{self._path}: cannot be opened ({error.strerror}). Is it being deleted?") from error
 
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """The descriptor of the open file and the byte at which the tensor begins; None if it is not held open."""
+        return None if self._descriptor is None else (self._descriptor, self._begin)
+
     def read(self, offset: int, out: Bytes) -> None:
         """See :class:`Reader`.
 
