@@ -1,5 +1,6 @@
 """Every way to run PACE's step gives the step of the pure update."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,13 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lagless import BEMA, EMA
 from lagless.averaging._rounding import Noise
-from lagless.optim import PACE, Pullback
+from lagless.optim import PACE, Pullback, _one_call
 from lagless.optim._blocks import _CPU_BLOCK, blocks
 from lagless.optim._devices import counts
 from lagless.optim._executors import _rounded_at_random
 from lagless.optim._kernels import SMALLEST
 from lagless.optim._motion import motion
-from lagless.updates import pace_constants, pulled_adamw
+from lagless.updates import PaceConstants, pace_constants, pulled_adamw
 
 SIZE = SMALLEST + 37
 SETTINGS = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -84,10 +85,80 @@ def test_execution_is_the_pure_update(case, execution, dtype, tolerance):
     assert (average.double() - followed).abs().max() < 2e-6
 
 
+@pytest.fixture
+def in_c():
+    if _one_call._library() is None:
+        pytest.skip("no C compiler")
+
+
+@pytest.mark.usefixtures("in_c")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_call_into_c_is_the_pure_update_bit_for_bit(case, dtype, threads, monkeypatch):
+    monkeypatch.setattr(_one_call, "_FEWEST", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    # Torch's own square root on CPUs may be wrong by a unit in the last place; that of C and numpy never is.
+    monkeypatch.setattr(
+        torch.Tensor, "sqrt", lambda x: torch.from_numpy(np.sqrt(x.numpy(), out=np.empty(x.shape, x.numpy().dtype)))
+    )
+    case = SETTINGS | case
+    pure = {name: case[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    weights = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in [(7, 43), (), (1,), (0,), (1000,), (3, 5, 7)]]
+    optimizer = PACE(weights, **case, compile=True)
+    expected = [[w.detach().clone(), *[torch.zeros_like(w)] * 2, w.detach().clone()] for w in weights]
+    for step in range(1, 6):
+        moves = motion(case["average"], step)
+        k = pace_constants(
+            step,
+            pullback=case["pullback"] * moves.decay,
+            clamp=case.get("clamp", True),
+            maximize=case.get("maximize", False),
+            average=moves.weight,
+            **pure,
+        )
+        k = PaceConstants(*torch.tensor(k, dtype=torch.float64).to(dtype).unbind())
+        for weight, row in zip(weights, expected, strict=True):
+            weight.grad = gradient(weight, step)
+            theta, m, v, ema = row
+            row[:3] = pulled_adamw(theta, weight.grad, m, v, ema, k)
+            row[3] = ema + k.average * (row[0] - ema)
+        optimizer.step()
+    for weight, row in zip(weights, expected, strict=True):
+        state = optimizer.state[weight]
+        found = weight.detach(), state["exp_avg"], state["exp_avg_sq"], state["average"]
+        assert all(torch.equal(a, b) for a, b in zip(found, row, strict=True))
+
+
+@pytest.mark.usefixtures("in_c")
+def test_what_is_not_finite_stays_so_in_c():
+    weight = nn.Parameter(torch.ones(40))
+    optimizer = PACE([weight], compile=True)
+    weight.grad = torch.ones(40)
+    weight.grad[7] = float("nan")
+    optimizer.step()
+    assert weight[7].isnan() and weight.isfinite().sum() == 39
+
+
+def test_without_a_c_compiler_it_is_the_kernel_of_torch(monkeypatch):
+    monkeypatch.setenv("CC", "lagless-has-no-such-compiler")
+    _one_call._library.cache_clear()
+    kernels = []
+    monkeypatch.setattr("lagless.optim._pace.step_in_one_kernel", lambda row, constants: kernels.append(row))
+    try:
+        weight = nn.Parameter(torch.ones(SIZE))
+        weight.grad = torch.ones(SIZE)
+        PACE([weight], compile=True).step()
+    finally:
+        _one_call._library.cache_clear()
+    assert len(kernels) == 1
+
+
 def test_new_numbers_need_no_new_kernel():
     torch._dynamo.reset()
     counters.clear()
-    weights = [nn.Parameter(torch.randn(shape)) for shape in ((SIZE,), (300, 400), (2, 256, 256))]
+    shapes = (SIZE,), (300, 400), (2, 256, 256)
+    weights = [nn.Parameter(torch.randn(shape, dtype=torch.bfloat16)) for shape in shapes]
     optimizer = PACE(weights, compile=True, average=EMA(ema_power=0.5, lag=1.0, update_freq=2))
     for step in range(6):
         for weight in weights:
@@ -99,8 +170,9 @@ def test_new_numbers_need_no_new_kernel():
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_autograd_notices_that_a_kernel_changed_the_weights():
-    weight = nn.Parameter(torch.ones(SIZE))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["C", "kernel"])
+def test_autograd_notices_that_a_kernel_changed_the_weights(dtype):
+    weight = nn.Parameter(torch.ones(SIZE, dtype=dtype))
     optimizer = PACE([weight], compile=True)
     loss = weight.square().sum()
     loss.backward(retain_graph=True)
@@ -109,10 +181,10 @@ def test_autograd_notices_that_a_kernel_changed_the_weights():
         loss.backward()
 
 
-def test_what_cannot_be_one_kernel_goes_block_by_block():
-    def run(**settings):
+def test_what_cannot_be_one_kernel_goes_block_by_block(monkeypatch):
+    def run(dtype=torch.float32, **settings):
         torch.manual_seed(0)
-        weights = [nn.Parameter(torch.randn(SIZE)), nn.Parameter(torch.randn(10))]
+        weights = [nn.Parameter(torch.randn(size).to(dtype)) for size in (SIZE, 10)]
         optimizer = PACE(weights, **settings)
         for _ in range(3):
             for weight in weights:
@@ -122,8 +194,10 @@ def test_what_cannot_be_one_kernel_goes_block_by_block():
 
     bema = {"average": BEMA(update_freq=1)}
     assert torch.equal(run(compile=True, **bema), run(**bema))
-    kernel, eager = run(compile=True), run()
-    assert torch.equal(kernel[SIZE:], eager[SIZE:]) and not torch.equal(kernel, eager)
+    kernels = []
+    monkeypatch.setattr("lagless.optim._pace.step_in_one_kernel", lambda row, constants: kernels.append(row[0].numel()))
+    kernel, eager = run(torch.bfloat16, compile=True), run(torch.bfloat16)
+    assert torch.equal(kernel[SIZE:], eager[SIZE:]) and kernels == [SIZE] * 3
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS.values(), ids=EXECUTIONS)
@@ -312,6 +386,7 @@ class WidestMade(TorchDispatchMode):
 def test_a_device_without_float64_is_not_asked_for_it(average, monkeypatch):
     monkeypatch.setattr("lagless.optim._devices.WITHOUT_FLOAT64", ("cpu",))
     kernels = []
+    monkeypatch.setattr("lagless.optim._pace.fits_call", lambda row: False)  # as on a device
     monkeypatch.setattr("lagless.optim._pace.step_in_one_kernel", lambda row, constants: kernels.append(constants))
     for settings in ({"capturable": True}, {"compile": True}, {}):
         weight = nn.Parameter(torch.ones(SIZE))

@@ -17,6 +17,7 @@ from lagless.optim._devices import counts, exact_dtype
 from lagless.optim._executors import step_in_blocks, step_in_one_kernel, step_on_device
 from lagless.optim._kernels import fits_kernel
 from lagless.optim._motion import check_capturable, motion, motion_on_device
+from lagless.optim._one_call import fits_call, step_in_one_call
 from lagless.optim._settings import check_average, check_between, check_dtype
 from lagless.optim._statistics import Statistics
 from lagless.rules import EMA, Rule
@@ -56,8 +57,9 @@ class PACE(AveragedOptimizer):
         maximize: ascend.
         average_dtype: of stored averages; None for float32 (wider where the parameters are), or ``torch.bfloat16``,
             rounded stochastically.
-        compile: run large tensors through one kernel of ``torch.compile``, which reads and writes everything once. For
-            averages of one buffer, such as EMA; others go block by block.
+        compile: read and write everything once, for averages of one buffer, such as EMA; others go block by block.
+            On CPUs, in float32 and float64, all tensors are stepped by one call into C, which the machine's own
+            compiler makes in a tenth of a second; elsewhere each large tensor by a kernel of ``torch.compile``.
         capturable: keep step counts on the device and never wait for it, so that a step can be captured in a CUDA
             graph; a learning rate that changes must be a tensor on the device.
 
@@ -204,20 +206,13 @@ class PACE(AveragedOptimizer):
         for row, step in zip(self._rows(parameters, group), counts(steps), strict=True):
             kinds[step, row[0].device, tuple(t.dtype for t in row)].append(row)
         rule: Rule = group["average"]
-        for index, ((step, device, _), rows) in enumerate(kinds.items()):
+        for index, ((step, *_), rows) in enumerate(kinds.items()):
             moves = motion(rule, step)
             pulls = moves.update is not None or not group["gate_pullback"]
             k = _constants(group, step, float(group["lr"]), moves.decay if pulls else 0.0, moves.weight or 0.0)
-            others = rows
             if group["compile"] and moves.weight is not None and self._statistics is None:
-                numbers = torch.tensor((*k, step), dtype=exact_dtype(device))
-                constants, others = numbers.to(device, non_blocking=True), []
-                for row in rows:
-                    if fits_kernel(row):
-                        step_in_one_kernel(row, constants)
-                    else:
-                        others.append(row)
-            step_in_blocks(others, k, moves, Noise(index, step), self._statistics)
+                rows = _step_whole(rows, k, step)
+            step_in_blocks(rows, k, moves, Noise(index, step), self._statistics)
 
     def _step_on_device(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """As :meth:`_step`, with step counts and all that follows from them on the device."""
@@ -239,6 +234,19 @@ class PACE(AveragedOptimizer):
                     step_in_one_kernel(row, constants)
                 else:
                     step_on_device(row, constants, block_size(rows))
+
+
+def _step_whole(rows: list[Row], k: PaceConstants, step: int) -> list[Row]:
+    """Step the parameters for which one pass over memory is possible; returns the others."""
+    if whole := [row for row in rows if fits_call(row)]:
+        step_in_one_call(whole, k)
+    rows = [row for row in rows if not fits_call(row)]
+    if large := [row for row in rows if fits_kernel(row)]:
+        device = large[0][0].device
+        constants = torch.tensor((*k, step), dtype=exact_dtype(device)).to(device, non_blocking=True)
+        for row in large:
+            step_in_one_kernel(row, constants)
+    return [row for row in rows if not fits_kernel(row)]
 
 
 def _constants(group: dict[str, Any], step: Any, lr: Any, decay: Any, weight: Any) -> PaceConstants:

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lagless._native import compile_source
 from lagless.posthoc.readers import Bytes
 
 _SOURCE = Path(__file__).with_name("product.c")
 # Vectors are written out. What a compiler adds for a processor, like vectorised sums or products apart from their sums,
 # would round the last columns differently from the others.
-_FLAGS = ("-O3", "-march=native", "-mtune=generic", "-fno-tree-vectorize", "-shared", "-fPIC")
+_FLAGS = ("-mtune=generic", "-fno-tree-vectorize")
 _SIZE, _POINTER = ctypes.c_size_t, ctypes.c_void_p
 
 
@@ -89,22 +87,12 @@ class Pieces:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled loops; None where there is no working compiler.
-
-    They are compiled for this very processor in a tenth of a second, so nothing is kept that another machine with the
-    same home folder could pick up.
-    """
-    compiler = os.environ.get("CC", "cc").split()
-    with tempfile.TemporaryDirectory(prefix="lagless-") as folder:
-        target = Path(folder, "product.so")
-        try:
-            subprocess.run([*compiler, *_FLAGS, str(_SOURCE), "-o", str(target)], check=True, capture_output=True)
-            library = ctypes.CDLL(str(target))
-        except (OSError, subprocess.CalledProcessError):
-            return None
-    for function in (library.product_float32, library.product_float64):
-        function.argtypes = [_SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER]
-        function.restype = ctypes.c_int
-    library.read_pieces.argtypes = [_SIZE, _POINTER, _POINTER, _POINTER, _POINTER]
-    library.read_pieces.restype = _SIZE
+    """The compiled loops; None where there is no working compiler."""
+    library = compile_source(_SOURCE, _FLAGS)
+    if library is not None:
+        for function in (library.product_float32, library.product_float64):
+            function.argtypes = [_SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER]
+            function.restype = ctypes.c_int
+        library.read_pieces.argtypes = [_SIZE, _POINTER, _POINTER, _POINTER, _POINTER]
+        library.read_pieces.restype = _SIZE
     return library
