@@ -31,6 +31,8 @@ size_t read_pieces(size_t n, const int32_t *files, const int64_t *positions, con
 #define VECTORS 2
 #endif
 #define ROWS 5 /* ROWS * VECTORS sums, VECTORS pieces of X and a weight fit the registers */
+#define LINE 64 /* bytes of a line of the cache */
+#define AHEAD 8 /* chunks: lines of Y are fetched so far ahead, which a processor does not do for many rows by itself */
 #define UNROLLED _Pragma("GCC unroll 8")
 
 /* Rows r to r + ROWS (or one row) of a chunk of `pieces` PIECEs, each of them one or more REALs. */
@@ -41,8 +43,11 @@ size_t read_pieces(size_t n, const int32_t *files, const int64_t *positions, con
         const size_t lanes = sizeof(PIECE) / sizeof(REAL);                                                      \
         PIECE sum[ROWS][VECTORS];                                                                               \
         UNROLLED for (size_t r = 0; r < rows; r++)                                                              \
+            UNROLLED for (size_t b = 0; b < pieces * sizeof(PIECE); b += LINE)                                  \
+                __builtin_prefetch((const char *)(y + r * y_stride) + AHEAD * pieces * sizeof(PIECE) + b, 1);   \
+        UNROLLED for (size_t r = 0; r < rows; r++)                                                              \
             UNROLLED for (size_t v = 0; v < pieces; v++) sum[r][v] = (PIECE){0};                                \
-        for (size_t k = 0; k < n; k++) {                                                                        \
+        UNROLLED for (size_t k = 0; k < n; k++) {                                                               \
             PIECE piece[VECTORS];                                                                               \
             UNROLLED for (size_t v = 0; v < pieces; v++) piece[v] = *(const PIECE *)(x + k * x_stride + v * lanes); \
             UNROLLED for (size_t r = 0; r < rows; r++)                                                          \
