@@ -39,6 +39,7 @@ def machine() -> dict[str, object]:
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": cpu,
+        "vectors": torch.backends.cpu.get_cpu_capability(),  # tells machines of one name apart
         "threads": torch.get_num_threads(),
         "accelerator": accelerator,
         "python": platform.python_version(),
