@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lagless import BEMA, DEMA, EMA, OUEMA, Averager
-from lagless.averaging import _bank, _fused
+from lagless import BEMA, DEMA, EMA, OUEMA, Averager, WindowAverage
+from lagless.averaging import _bank, _fused, _together
 from lagless.averaging._rounding import stochastic_round_
 
 
@@ -103,6 +103,63 @@ def test_compiled_update_does_not_recompile_when_numbers_change():
             weights["big"].add_(1.0)
             averager.update()
     assert not torch.equal(averager.read("a")["big"], before)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_one_call_into_c_equals_the_blocks(dtype, threads, monkeypatch):
+    if _together._library() is None:
+        pytest.skip("no C compiler")
+    rules = {
+        "a": BEMA(update_freq=1),
+        "b": EMA(decay=0.9),  # gains of at most .1
+        "c": EMA(decay=0.3),  # and of .7, which torch.lerp treats otherwise
+        "d": DEMA(update_freq=1),
+        "w": WindowAverage(window=2, update_freq=1),
+        "s": EMA(decay=0.8, update_freq=2),
+    }
+    shapes = {"m": (70, 43), "s": (), "o": (1,), "none": (0,), "v": (5000,)}
+    weights = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()} | {"t": torch.randn(9, 8).t()}
+    calls = []
+    original = _together.lerp_together
+    monkeypatch.setattr(
+        _together, "lerp_together", lambda rows, gains: (calls.append((len(rows), len(gains))), original(rows, gains))
+    )
+    monkeypatch.setattr("lagless.native._FEWEST", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    blocks, together = Averager(weights, rules), Averager(weights, rules)
+    for _ in range(5):
+        for name, weight in weights.items():
+            weight.add_(torch.randn(weight.shape).to(weight.dtype))
+            assert name != "t" or not weight.is_contiguous()
+        blocks.update()
+        with monkeypatch.context() as patch:
+            patch.setattr(_together, "SMALLEST", 1)
+            together.update()
+    for name in rules:
+        for key, value in blocks.read(name).items():
+            found = together.read(name)[key]
+            if dtype == torch.float64:  # where torch.lerp rounds once more
+                torch.testing.assert_close(found, value, rtol=1e-14, atol=1e-14)
+            else:
+                assert torch.equal(found, value)
+    assert bool(calls) == (dtype != torch.bfloat16)
+
+
+def test_without_a_c_compiler_it_is_the_blocks(monkeypatch):
+    monkeypatch.setenv("CC", "lagless-has-no-such-compiler")
+    monkeypatch.setattr(_together, "SMALLEST", 1)
+    weights = {"w": torch.randn(5)}
+    _together._library.cache_clear()
+    try:
+        averager = Averager(weights, {"a": EMA(decay=0.9), "b": EMA(decay=0.8)})
+        before = weights["w"].clone()
+        weights["w"].add_(1.0)
+        averager.update()
+        assert _together._library() is None
+        torch.testing.assert_close(averager.read("a")["w"], before + 0.1)
+    finally:
+        _together._library.cache_clear()
 
 
 def test_blocks_cover_every_element_once():

@@ -96,7 +96,7 @@ def in_c():
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_one_call_into_c_is_the_pure_update_bit_for_bit(case, dtype, threads, monkeypatch):
-    monkeypatch.setattr(_one_call, "_FEWEST", 16)
+    monkeypatch.setattr("lagless.native._FEWEST", 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     # Torch's own square root on CPUs may be wrong by a unit in the last place; that of C and numpy never is.
     monkeypatch.setattr(

@@ -1,8 +1,9 @@
 """The distinct buffers of all rules over one set of tensors, and their update in one pass over the live weights.
 
 The update is bound by memory traffic. Tensors are cut into blocks that stay in cache, and every buffer's update of a
-block is done before the next block is touched: the live weights are read from memory once for all rules. Compiled, the
-averages of a large tensor are updated by one kernel instead. Buffers on the host follow an accelerator in a thread.
+block is done before the next block is touched: the live weights are read from memory once for all rules. Several
+averages on the host are moved by one call into C; elsewhere, compiled, those of a large tensor by one kernel. Buffers
+on the host follow an accelerator in a thread.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lagless.averaging import _fused
+from lagless.averaging import _fused, _together
 from lagless.averaging._buffers import RowUpdate, buffer_dtype, move, pieces
 from lagless.averaging._offload import Offload, can_overlap
 from lagless.averaging._rounding import Noise
@@ -97,10 +98,31 @@ class Bank:
             largest = _CPU_BLOCK * max(t.element_size() for t in live)
             self._offload.start(live, ((block.live, _updating(block, rows, noise)) for block in blocks), largest)
             return
+        lerps = [row for row in rows if _is_lerp(row)]
+        together = self._together(live, lerps)
+        self._update_in_blocks(live, set(range(len(live))) - together, rows, noise)
+        self._update_in_blocks(live, together, [row for row in rows if row not in lerps], noise)
+        for dtype in {live[i].dtype for i in together}:
+            columns = [[live[i], *(self.buffers[row.buffer][i] for row in lerps)] for i in sorted(together)]
+            _together.lerp_together([c for c in columns if c[0].dtype == dtype], [row.live for row in lerps])
+
+    def _together(self, live: Sequence[Tensor], lerps: Sequence[RowUpdate]) -> set[int]:
+        """The tensors whose averages one call into C can move. A single average gains nothing by it."""
+        if len(lerps) < 2 or sum(t.numel() for t in live) < _together.SMALLEST:
+            return set()
+        return {i for i, t in enumerate(live) if _together.fits_call(t, [self.buffers[r.buffer][i] for r in lerps])}
+
+    def _update_in_blocks(
+        self, live: Sequence[Tensor], which: Collection[int], rows: Sequence[RowUpdate], noise: Noise
+    ) -> None:
+        if not which or not rows:
+            return
+        chosen = sorted(which)
+        live, buffers = [live[i] for i in chosen], [[b[i] for i in chosen] if b else [] for b in self.buffers]
         # A single average reads the live weights once in any case: cutting would only cost calls, except that it keeps
         # converted copies small.
-        converts = any(t.dtype != b[i].dtype for b in self.buffers if b for i, t in enumerate(live))
-        for block in _cut(live, self.buffers, share=converts or len(rows) > 1, compile=self._compile):
+        converts = any(t.dtype != b[i].dtype for b in buffers if b for i, t in enumerate(live))
+        for block in _cut(live, buffers, share=converts or len(rows) > 1, compile=self._compile):
             _update(block, rows, noise)
 
     def wait(self) -> None:
@@ -178,5 +200,8 @@ def _update(block: _Block, rows: Sequence[RowUpdate], noise: Noise) -> None:
 
 def _can_fuse(block: _Block, row: RowUpdate) -> bool:
     target = block.buffers[row.buffer][0]
-    is_lerp = not row.others and row.keep > 0.0
-    return is_lerp and target.dtype != torch.bfloat16 and target.device == block.live[0].device
+    return _is_lerp(row) and target.dtype != torch.bfloat16 and target.device == block.live[0].device
+
+
+def _is_lerp(row: RowUpdate) -> bool:
+    return not row.others and row.keep > 0.0

@@ -8,17 +8,15 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lagless._native import compile_source
+from lagless.native import compile_source
 from lagless.posthoc.readers import Bytes
 
-_SOURCE = Path(__file__).with_name("product.c")
 # Vectors are written out. What a compiler adds for a processor, like vectorised sums or products apart from their sums,
 # would round the last columns differently from the others.
 _FLAGS = ("-mtune=generic", "-fno-tree-vectorize")
@@ -88,7 +86,7 @@ class Pieces:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled loops; None where there is no working compiler."""
-    library = compile_source(_SOURCE, _FLAGS)
+    library = compile_source("product.c", _FLAGS)
     if library is not None:
         for function in (library.product_float32, library.product_float64):
             function.argtypes = [_SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER]

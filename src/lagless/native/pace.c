@@ -4,20 +4,10 @@
    with sums. Every element then has the same value whoever steps it, however the tensors are divided. */
 
 #include <math.h>
-#include <pthread.h>
-#include <stddef.h>
-#include <stdint.h>
 
-enum { THREADS = 256, ALIGNED = 64 };
+#include "shares.h"
 
-/* One thread's elements, counted through all tensors in order. */
-typedef struct {
-    size_t tensors;
-    const int64_t *sizes;
-    char *const *addresses; /* (tensors, 5): weights, gradient, first moment, second moment, average */
-    const void *constants;  /* PaceConstants */
-    int64_t begin, end;
-} Share;
+enum { ROWS = 5 }; /* of a tensor: weights, gradient, first moment, second moment, average */
 
 #define STEP(NAME, REAL, SQRT)                                                                                  \
     static void NAME##_range(int64_t n, REAL *restrict theta, const REAL *restrict grad, REAL *restrict m,      \
@@ -40,43 +30,20 @@ typedef struct {
     static void *NAME##_share(void *given)                                                                      \
     {                                                                                                           \
         const Share *share = given;                                                                             \
-        int64_t start = 0; /* of the tensor */                                                                  \
+        int64_t start = 0, from, to; /* start: of the tensor */                                                 \
         for (size_t t = 0; t < share->tensors && start < share->end; start += share->sizes[t++]) {              \
-            const int64_t size = share->sizes[t];                                                               \
-            const int64_t from = share->begin > start ? share->begin - start : 0;                               \
-            const int64_t to = share->end - start < size ? share->end - start : size;                           \
-            REAL *const *rows = (REAL *const *)share->addresses + 5 * t;                                        \
-            if (from < to)                                                                                      \
+            REAL *const *rows = (REAL *const *)share->addresses + ROWS * t;                                     \
+            if (in_share(share, start, share->sizes[t], &from, &to) > 0)                                        \
                 NAME##_range(to - from, rows[0] + from, rows[1] + from, rows[2] + from, rows[3] + from,         \
                     rows[4] + from, share->constants);                                                          \
         }                                                                                                       \
         return NULL;                                                                                            \
     }                                                                                                           \
-    void NAME(size_t tensors, const int64_t *sizes, char *const *addresses, const void *constants, size_t threads) \
+    /* constants: PaceConstants */                                                                              \
+    void NAME(size_t tensors, const int64_t *sizes, char *const *addresses, const REAL *constants, size_t threads) \
     {                                                                                                           \
-        run(NAME##_share, (Share){tensors, sizes, addresses, constants, 0, 0}, threads);                        \
+        run_shares(NAME##_share, (Share){tensors, ROWS, sizes, addresses, constants, 0, 0}, threads);           \
     }
-
-/* Divide the elements evenly; this thread takes the last share, and those for which no thread can be started. */
-static void run(void *(*work)(void *), Share all, size_t threads)
-{
-    Share shares[THREADS];
-    pthread_t started[THREADS];
-    int running[THREADS];
-    int64_t total = 0, begin = 0;
-    for (size_t t = 0; t < all.tensors; t++) total += all.sizes[t];
-    if (threads > THREADS) threads = THREADS;
-    for (size_t i = 0; i < threads; i++) {
-        const int64_t even = total / (int64_t)threads * (int64_t)(i + 1);
-        shares[i] = all;
-        shares[i].begin = begin;
-        shares[i].end = begin = i + 1 < threads ? even / ALIGNED * ALIGNED : total;
-        running[i] = i + 1 < threads && pthread_create(&started[i], NULL, work, &shares[i]) == 0;
-        if (!running[i]) work(&shares[i]);
-    }
-    for (size_t i = 0; i < threads; i++)
-        if (running[i]) pthread_join(started[i], NULL);
-}
 
 STEP(pace_float32, float, sqrtf)
 STEP(pace_float64, double, sqrt)

@@ -1,0 +1,48 @@
+"""Several averages of the host moved towards the live weights by one call into C, compiled at first use."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lagless.native import REALS, Rows, compile_source, in_memory
+
+SMALLEST = 1 << 20  # elements of all tensors together: fewer are not worth compiling for
+
+_FLAGS = ("-fno-math-errno", "-pthread", "-lm")
+
+
+def fits_call(live: Tensor, averages: Sequence[Tensor]) -> bool:
+    """Whether the tensors lie on the host, without gaps and in one type, and there is a C compiler."""
+    return in_memory((live, *averages)) and _library() is not None
+
+
+def lerp_together(rows: Sequence[Sequence[Tensor]], gains: Sequence[float]) -> None:
+    """``b_k ← b_k + gains_k (live - b_k)`` for every k in one pass, bit for bit as ``torch.lerp`` does it in float32.
+
+    Args:
+        rows: live weights and k averages of each parameter, as :func:`fits_call` wants them, all of one type; averages
+            are modified in place.
+        gains: k numbers.
+    """
+    library, dtype = _library(), rows[0][0].dtype
+    assert library is not None
+    function = library.lerp_float32 if dtype == torch.float32 else library.lerp_float64
+    given, numbers = Rows(rows), np.array(gains, dtype=REALS[dtype])
+    function(len(rows), len(gains), given.sizes, given.addresses, numbers.ctypes.data, given.threads)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled functions; None where there is no working compiler."""
+    library = compile_source("lerp.c", _FLAGS)
+    if library is not None:
+        for function in (library.lerp_float32, library.lerp_float64):
+            function.argtypes = [ctypes.c_size_t] * 2 + [ctypes.c_void_p] * 3 + [ctypes.c_size_t]
+            function.restype = None
+    return library
