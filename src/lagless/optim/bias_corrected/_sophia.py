@@ -111,7 +111,7 @@ class BiasCorrectedSophia(BiasCorrected):
             "compile": compile,
         }
         self._curvature: dict[Tensor, PowerSums] = {}
-        self._estimates = [0, 0]  # of either half
+        self._estimates, self._weights = [0, 0], [0.0, 0.0]  # of either half, and what they weigh
         super().__init__(params, defaults, standard=standard, report_freq=report_freq, process_group=process_group)
 
     @property
@@ -161,6 +161,9 @@ class BiasCorrectedSophia(BiasCorrected):
             retain_graph: keep the graph for a ``backward()`` on another loss.
         """
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        announced = self._microbatches.announced
+        weight = 1.0 if announced is None else announced
+        loss = loss if weight == 1.0 else weight * loss
         gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
         if all(q is None for q in gradients):
             raise RuntimeError("this loss depends on none of the optimizer's parameters; give that of their own model.")
@@ -173,11 +176,12 @@ class BiasCorrectedSophia(BiasCorrected):
                         sums.totals.clear()
             for p, q in zip(parameters, gradients, strict=True):
                 if q is not None:
-                    self._curvature[p].add(local(q), half, fresh=False)
-        self._estimates[half] += 1
+                    self._curvature[p].add(local(q), half, False, weight)
+        self._estimates[half] += weight > 0.0
+        self._weights[half] += weight
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._curvature, self._estimates = {}, [0, 0]
+        self._curvature, self._estimates, self._weights = {}, [0, 0], [0.0, 0.0]
         super().__setstate__(state)
 
     def _half(self) -> int:
@@ -222,9 +226,10 @@ class BiasCorrectedSophia(BiasCorrected):
         wanted = [(g, p) for g in self.param_groups for p in g["params"] if p.requires_grad]
         for group, p in wanted:
             self._sums_of(group, p).start(p)
-        counts = torch.tensor(self._estimates, dtype=torch.float32, device=wanted[0][1].device if wanted else None)
+        device = wanted[0][1].device if wanted else None
+        counts = torch.tensor([*self._estimates, *self._weights], dtype=torch.float64, device=device)
         sum_over(over, [counts, *(total for _, p in wanted for total in self._curvature[p].totals.values())])
-        self._estimates = [int(count) for count in counts.tolist()]
+        self._estimates, self._weights = [int(n) for n in counts[:2].tolist()], counts[2:].tolist()
 
     def _sums_of(self, group: dict[str, Any], p: Tensor) -> PowerSums:
         return self._curvature.setdefault(p, PowerSums(_curvature_powers(group), group["compile"]))
@@ -233,7 +238,7 @@ class BiasCorrectedSophia(BiasCorrected):
         # Curvature is estimated before its microbatch's backward(), and zero_grad() may come between.
         if stepped or self._microbatches.begun:
             self._curvature.clear()
-            self._estimates = [0, 0]
+            self._estimates, self._weights = [0, 0], [0.0, 0.0]
         super()._forget(stepped)
 
     def _refuse(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -271,7 +276,7 @@ class BiasCorrectedSophia(BiasCorrected):
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             state["inverse"].fill_(1.0 / group["eps"])  # of no curvature, until there is an estimate
         state["step"] += 1
-        k = Numbers.at(group)
+        k = Numbers.at(group, self._weights[1] if group["cross_fit"] == "split" else sum(self._weights))
         sums = self._curvature.get(p, PowerSums(())).totals if estimates else {}
         split = group["cross_fit"] == "split" and found is not None and all(found.reached)
         half = found.mean(Power(1, 0)) if split and found is not None else p.grad
@@ -294,12 +299,13 @@ class Numbers(NamedTuple):
     beta2: Any
     scale: Any  # ρ · batch_size
     clip: Any
+    weight: Any  # of all estimates of the curvature
 
     @classmethod
-    def at(cls, group: dict[str, Any]) -> Numbers:
+    def at(cls, group: dict[str, Any], weight: float) -> Numbers:
         """Those of a parameter group."""
         (b1, b2), scale = group["betas"], group["rho"] * group["batch_size"]
-        return cls(group["lr"], group["weight_decay"], group["eps"], b1, b2, scale, group["clip"])
+        return cls(group["lr"], group["weight_decay"], group["eps"], b1, b2, scale, group["clip"], weight)
 
 
 def _one_pass(powers: tuple[Power, ...], estimates: int, numbers: Tensor, *row: Tensor) -> None:
@@ -321,7 +327,7 @@ def _step(
 ) -> None:
     """One step of what is given; curvature is taken in if there are ``estimates`` of it."""
     if estimates:
-        means = {power: total / estimates for power, total in zip(powers, totals, strict=True)}
+        means = {power: total / k.weight for power, total in zip(powers, totals, strict=True)}
         variance = _take_in(h, means, k, estimates)
         inverse.copy_(sophia_inverse(h, k.scale, k.eps, variance))
     old = m.clone() if report is not None else m
