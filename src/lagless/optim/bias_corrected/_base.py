@@ -125,9 +125,9 @@ class BiasCorrected(Optimizer):
         self._microbatches.announce(weight)
 
     def weigh_by_tokens(self, model: nn.Module, *, shifted: bool = True) -> RemovableHandle:
-        """Weigh microbatches by their supervised tokens wherever ``model``'s loss is divided by those of the whole step.
+        """Weigh microbatches by their supervised tokens where ``model``'s loss is divided by those of the whole step.
 
-        That is where it is called for training with ``num_items_in_batch``, as transformers' Trainer does; otherwise
+        That is so where it is called for training with ``num_items_in_batch``, as transformers' Trainer does; otherwise
         losses are means of each microbatch, and all weigh the same. Call it with the model that is not wrapped yet. One
         forward pass per ``backward()``. Where the labels are on a GPU, counting them waits for it once per microbatch.
 

@@ -110,6 +110,7 @@ class Microbatches:
         self._announced: float | None = None  # of the next one
         self._tracks: dict[Tensor, _Track] = {}
         self._incoming: dict[Tensor, Tensor | None] = {}
+        self.paused = False  # whether gradients that arrive are of no microbatch
         self._open = False
         self._handles: list[Any] = []
         self._backward = -1  # number of the graph that autograd is working on
@@ -130,7 +131,7 @@ class Microbatches:
                 alive._incoming[parameter] = None if parameter.grad is None else gradient
 
         def after(_: Tensor) -> None:
-            if (alive := owner()) is not None:
+            if (alive := owner()) is not None and not alive.paused:
                 alive._arrived(parameter)
 
         wanted = parameter.requires_grad
