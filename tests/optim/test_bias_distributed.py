@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import time
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lagless.optim import BiasCorrectedAdamW, BiasCorrectedShampoo, BiasCorrectedSophia
+from lagless.optim.bias_corrected import _sums
 
 ADAMW = {
     "standard": {"cross_fit": "none"},
@@ -53,15 +55,23 @@ def order(j, rank):
     return 2 * rank + (j if rank == 0 else 1 - j)
 
 
-def train(model, optimizer, data, rank=None, each=2, sync_always=False):
+WEIGHTS = (5.0, 1.0, 2.0, 4.0)  # of one process's microbatches; 12 in all
+
+
+def train(model, optimizer, data, rank=None, each=2, sync_always=False, weighed=False):
     """Train on ``data``; a rank takes its own microbatches, and gradients are averaged over ranks."""
     for step in data:
         optimizer.zero_grad()
         mine = step if rank is None else [step[order(j, rank)] for j in range(each)]
         for j, x in enumerate(mine):
             quiet = rank is not None and isinstance(model, DistributedDataParallel) and j + 1 < each and not sync_always
+            loss = model(x).square().mean() / len(mine)
+            if weighed:
+                weight = WEIGHTS[j if rank is None else order(j, rank)]
+                optimizer.weigh_microbatch(weight)
+                loss *= weight
             with model.no_sync() if quiet else contextlib.nullcontext():
-                (model(x).square().mean() / len(mine)).backward()
+                loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
     return [p.detach() for p in model.parameters()]
@@ -86,6 +96,124 @@ def replicated(rank):
             model = DistributedDataParallel(make_model())
             found = train(model, make(model.module, form), data, rank, sync_always=sync_always)
             same(found, expected, f"{name}, sync_always={sync_always}")
+
+
+def weighed(rank):
+    """Weights are of all processes' microbatches."""
+    data = batches(3, 4)
+    for name, make, form in [(name, adamw, form) for name, form in ADAMW.items()] + [("Shampoo", shampoo, None)]:
+        alone = make_model()
+        single = make(alone, form)
+        single._microbatches.group = None
+        expected = train(alone, single, data, weighed=True)
+        model = DistributedDataParallel(make_model())
+        found = train(model, make(model.module, form), data, rank, weighed=True)
+        same(found, expected, f"weighed, {name}")
+
+
+@contextlib.contextmanager
+def messages_sent():
+    """The tensors given to all_reduce meanwhile."""
+    sent, send = [], dist.all_reduce
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", lambda t, **options: sent.append(t) or send(t, **options))
+        yield sent
+
+
+def buckets(rank):
+    """Sums in buckets are those of one message each; a step sends one message for all of a dtype."""
+    shapes = [(3,), (), (2, 2), (5,), (0,), (4,)]
+    tensors = [
+        torch.full(s, float(i + rank), dtype=(torch.float32, torch.float64)[i == 3]) for i, s in enumerate(shapes)
+    ]
+    expected = [torch.full_like(t, 2.0 * i + 1.0) for i, t in enumerate(tensors)]
+    for limit, messages in ((_sums.BUCKET, 2), (24, 4), (1, 6)):
+        mine = [t.clone() for t in tensors]
+        with pytest.MonkeyPatch.context() as patch, messages_sent() as sent:
+            patch.setattr(_sums, "BUCKET", limit)
+            _sums.sum_over(dist.group.WORLD, mine)
+        assert len(sent) == messages, limit
+        assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+    model = DistributedDataParallel(make_model())
+    optimizer = adamw(model.module, {"cross_fit": "symmetric", "inverse_correction": "pre_ema"})
+    with messages_sent() as sent:
+        train(model, optimizer, batches(1, 4), rank)
+    # The counts are in float32, and five sums of four parameters in float64.
+    assert [t.dtype for t in sent] == [torch.float32, torch.float64]
+
+
+def sharded_curvature(rank):
+    """Sophia under FSDP2: a microbatch, and its curvature, is that of all ranks together."""
+    data = batches(4, 8).view(4, 4, 2, 4, 3)
+    for weights in (None, WEIGHTS):
+        for form in ({"cross_fit": "none", "inverse_correction": "post_ema"}, {"inverse_correction": "post_ema"}):
+            found = []
+            for shards in (False, True):
+                model = make_model()
+                if shards:
+                    for layer in (model[0], model[2]):
+                        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+                    fully_shard(model)
+                settings = {"lr": 0.1, "eps": 1e-3, "hessian_freq": 2, "clip": 100.0}
+                optimizer = BiasCorrectedSophia(model.named_parameters(), **settings, **form)
+                if not shards:
+                    optimizer._microbatches.group = None
+                for step in data:
+                    for j, x in enumerate(step):
+                        weight = 1.0 if weights is None else weights[j]
+                        if weights is not None:
+                            optimizer.weigh_microbatch(weight)
+                        output = model(x[rank] if shards else x.flatten(0, 1))
+                        if optimizer.curvature_due:
+                            optimizer.add_curvature(output.sin().mean(), retain_graph=True)
+                        (weight * output.square().mean() / 4).backward()
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if shards:
+                    assert all(isinstance(s["hessian"], DTensor) for s in optimizer.state.values())
+                    assert all(s["hessian"].full_tensor().any() for s in optimizer.state.values())
+                found.append([p.detach() for p in model.parameters()])
+            same(found[1], found[0], f"Sophia under FSDP, {form}, {weights}")
+
+
+class Language(nn.Module):
+    """Logits of a causal model."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7)
+
+    def forward(self, tokens, labels, num_items_in_batch=None):
+        logits = self.head(self.embed(tokens))
+        return Output(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), logits)
+
+
+class Output(NamedTuple):
+    """Of a language model."""
+
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+def sharded_language_model(rank):
+    """Sampled labels, and the tokens of all ranks for a weight."""
+    model = Language()
+    fully_shard(model.head, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = BiasCorrectedSophia(model.named_parameters(), hessian_freq=2)
+    optimizer.weigh_by_tokens(model)
+    optimizer.estimate_curvature(model)
+    for _ in range(3):
+        for _ in range(2):
+            tokens = torch.randint(7, (2, 5 + rank))
+            model(tokens, labels=tokens, num_items_in_batch=36).loss.backward()
+        assert optimizer._microbatches._weights == [18.0, 18.0]  # 2 · (4 + 5)
+        optimizer.step()
+        optimizer.zero_grad()
+    for state in optimizer.state.values():
+        hessian = state["hessian"].full_tensor()
+        assert hessian.isfinite().all() and hessian.any()
 
 
 def refusals(_):
@@ -139,8 +267,6 @@ def sharded(rank):
         assert all(isinstance(s["exp_avg"], DTensor) for s in optimizer.state.values())
     with pytest.raises(NotImplementedError, match="these parameters are sharded"):
         shampoo(model, None)
-    with pytest.raises(NotImplementedError, match="these parameters are sharded.*Use DistributedDataParallel"):
-        BiasCorrectedSophia(model.named_parameters())
 
 
 def abandoned_shards(rank):
@@ -291,6 +417,10 @@ def work(rank, store):
         abandoned_shards,
         not_finite_on_one_rank,
         curvature,
+        weighed,
+        buckets,
+        sharded_curvature,
+        sharded_language_model,
         unused_parameters,
         unreached_curvature,
     ):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,7 +208,12 @@ def test_what_is_not_finite_skips_the_step(where):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cross_fit": "leave_one_out"}, "cross_fit='leave_one_out'; it must be 'none' or 'split'"),
+        (
+            {"cross_fit": "leave_one_out"},
+            "cross_fit='leave_one_out'; it must be 'none' or 'split': the method has no other",
+        ),
+        ({"cross_fit": "symmetric"}, "cross_fit='symmetric'; it must be 'none' or 'split': the method has no other"),
+        ({"cross_fit": "halves"}, "cross_fit='halves'; it must be 'none' or 'split'\\.$"),
         ({"inverse_correction": "jackknife"}, "inverse_correction='jackknife'; it must be one of"),
         ({"hessian_freq": 0}, "hessian_freq=0; it must be an integer >= 1"),
         ({"rho": 0.0}, r"rho=0\.0; it must be a number > 0"),
@@ -230,6 +236,25 @@ def windows(optimizer, model, counts):
             ((model.table * true).sum() / count).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_report():
+    """At steps that take in curvature: V/P² of each coordinate, P = ρ·batch_size·h + ε."""
+    model = Bigram()
+    settings = {"hessian_freq": 2, "report_freq": 3, "inverse_correction": "post_ema", "eps": 1e-3}
+    optimizer = BiasCorrectedSophia(model.named_parameters(), rho=0.5, batch_size=4.0, **settings)
+    windows(optimizer, model, [4])
+    generator = torch.Generator().manual_seed(4)
+    q = torch.stack([torch.randn(2, *model.table.shape, generator=generator, dtype=torch.float64)[1] for _ in range(4)])
+    squares = q[1::2].to(model.table.dtype) ** 2
+    variance = (2.0 * 0.01) ** 2 * squares.var(dim=0) / 2
+    expected = (variance / (2.0 * optimizer.state[model.table]["hessian"] + 1e-3) ** 2).mean()
+    (report,) = optimizer.correction_report()
+    assert report.step == 1 and math.isclose(report.dispersion, float(expected), rel_tol=1e-5)
+    windows(optimizer, model, [4, 4])
+    assert optimizer.correction_report()[0].step == 1  # the third takes in curvature, but is too early
+    windows(optimizer, model, [4, 4])
+    assert optimizer.correction_report()[0].step == 5
 
 
 def test_a_last_window_of_one_microbatch_keeps_the_curvature():

@@ -68,14 +68,18 @@ def trainer(model, optimizer, folder, **arguments):
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s["cross_fit"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_trainer_equals_a_plain_loop(settings, checkpointing, tmp_path):
+@pytest.mark.parametrize("weighed", [False, True])
+def test_trainer_equals_a_plain_loop(settings, checkpointing, weighed, tmp_path):
     """Tied embeddings, unequal token counts, clipping; one forward pass per microbatch."""
     model, seen = make_model(), []
     handle = model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(dict(kwargs)), with_kwargs=True)
     if checkpointing:
         renamed = hasattr(model, "activation_checkpointing_enable")
         (model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable)()
-    trainer(model, make_optimizer(model, settings), tmp_path).train()
+    optimizer = make_optimizer(model, settings)
+    if weighed:
+        optimizer.weigh_by_tokens(model)
+    trainer(model, optimizer, tmp_path).train()
     handle.remove()
     assert len(seen) == 16
 
@@ -88,6 +92,8 @@ def test_trainer_equals_a_plain_loop(settings, checkpointing, tmp_path):
         for inputs in batch:
             logits = twin(input_ids=inputs["input_ids"]).logits[:, :-1].flatten(0, 1)
             loss = torch.nn.functional.cross_entropy(logits, inputs["labels"][:, 1:].flatten(), reduction="sum")
+            if weighed:
+                optimizer.weigh_microbatch(int((inputs["labels"][:, 1:] != -100).sum()))
             (loss / tokens).backward()
         torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
         optimizer.step()
@@ -96,6 +102,25 @@ def test_trainer_equals_a_plain_loop(settings, checkpointing, tmp_path):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-5)
     report = optimizer.correction_report()[0]
     assert report.cross_fit == settings["cross_fit"] and 0.0 < report.relative < 1.0
+
+
+def test_losses_that_are_means_of_their_microbatches_weigh_the_same():
+    """Without num_items_in_batch, in evaluation and after the handle's removal nothing is weighed."""
+    model = make_model()
+    optimizer = make_optimizer(model, SETTINGS[0])
+    handle = optimizer.weigh_by_tokens(model)
+    batch = {name: t[None] for name, t in Sentences()[3].items()}
+    model(**batch)
+    model.eval()(**batch, num_items_in_batch=40)
+    with torch.no_grad():
+        model.train()(**batch, num_items_in_batch=40)
+    assert optimizer._microbatches.announced is None
+    model(**batch, num_items_in_batch=40)
+    assert optimizer._microbatches.announced == 8.0
+    handle.remove()
+    optimizer.weigh_microbatch(5)
+    model(**batch, num_items_in_batch=40)
+    assert optimizer._microbatches.announced == 5.0
 
 
 def test_resumed_training_equals_never_stopped(tmp_path):

@@ -66,10 +66,12 @@ class Group(NamedTuple):
     squares: Spread | None = None
 
     @classmethod
-    def of(cls, gradients: Tensor) -> Group:
-        """Everything about given microbatch gradients, shape (n, ...)."""
-        n = len(gradients)
-        return cls(gradients.mean(dim=0), Spread(gradients, n), Spread(gradients * gradients, n))
+    def of(cls, gradients: Tensor, weights: Tensor | None = None) -> Group:
+        """Everything about given microbatch gradients, shape (n, ...), of equal or of given ``weights``, shape (n,)."""
+        shares = None if weights is None else weights.view(-1, *[1] * (gradients.dim() - 1)) / weights.sum()
+        n = len(gradients) if weights is None else int((weights > 0.0).sum())
+        mean = gradients.mean(dim=0) if shares is None else (shares * gradients).sum(dim=0)
+        return cls(mean, Spread(gradients, n, shares=shares), Spread(gradients * gradients, n, shares=shares))
 
 
 class Folds(NamedTuple):
@@ -248,15 +250,14 @@ def _side(form: AdamForm, top: Group, below: Group, moments: Moments, weights: E
 def _leave_one_out(form: AdamForm, group: Group, moments: Moments, weights: EmaWeights, eps: float) -> Folds:
     spread = group.gradients
     assert spread is not None
-    n = spread.count
-    others = (n * group.mean - spread.nodes) / (n - 1)
+    others = spread.others(group.mean)
     second = weights.v_old * moments.v + weights.v_new * others * others
     d = second.sqrt() + eps
     numerator = weights.m_old * moments.m + weights.m_new * spread.nodes
     inverse, variance = d.reciprocal(), None
     if form.inverse_correction == "jackknife":
         factor = form.constants.jackknife
-        variance = spread.variance_of_mean(d) * (n if factor is None else factor * (n - 1) ** 2)
+        variance = spread.variance_of_mean(d) * spread.count if factor is None else spread.jackknife(d) * factor
         corrected = inverse - variance * inverse * inverse * inverse
         same_sign = spread.average(numerator * corrected) * spread.average(numerator * inverse) >= 0.0
         inverse = torch.where(same_sign, corrected, 0.0)

@@ -23,15 +23,20 @@ class Spread:
         count: n, the number of microbatches.
         weights: of the nodes, shape (k, ...), summing to 1 over the first axis; None for 1/k each.
         group: process group over which nodes are distributed, each process holding k of its own with equal weights.
+        shares: w_j, where the nodes are microbatches that make up unequal parts of the mean, shape (k, 1, ...),
+            summing to 1 over all processes; the variance of a microbatch goes as 1/w_j. In place of ``weights``.
     """
 
     nodes: Tensor
     count: int
     weights: Tensor | None = None
     group: dist.ProcessGroup | None = None
+    shares: Tensor | None = None
 
     def average(self, values: Tensor) -> Tensor:
         """Σ weight · value over all nodes; ``values`` has one row per node."""
+        if self.shares is not None:
+            return self._total(self.shares * values)
         mean = values.mean(dim=0) if self.weights is None else (self.weights * values).sum(dim=0)
         if self.group is not None:
             dist.all_reduce(mean, group=self.group)
@@ -39,8 +44,27 @@ class Spread:
         return mean
 
     def variance_of_mean(self, values: Tensor) -> Tensor:
-        """Σ_j (x_j - x̄)²/(n(n - 1)), for n ≥ 2."""
+        """Σ_j (x_j - x̄)²/(n(n - 1)), for n ≥ 2; Σ_j w_j (x_j - x̄)²/(n - 1) where there are shares."""
         return self.average((values - self.average(values)).square_()) / (self.count - 1)
+
+    def others(self, mean: Tensor) -> Tensor:
+        """The mean of all but one microbatch, one row per node: (n·ḡ - g_j)/(n - 1), or (ḡ - w_j g_j)/(1 - w_j)."""
+        if self.shares is not None:
+            return (mean - self.shares * self.nodes) / (1.0 - self.shares)
+        return (self.count * mean - self.nodes) / (self.count - 1)
+
+    def jackknife(self, values: Tensor) -> Tensor:
+        """Variance of a statistic, from its values without one microbatch: (n - 1)/n Σ(x_j - x̄)², or Σ(1 - w_j)(…)²."""
+        if self.shares is None:
+            return self.variance_of_mean(values) * (self.count - 1) ** 2
+        left = torch.where(self.shares > 0.0, 1.0 - self.shares, 0.0)
+        return self._total(left * (values - self.average(values)).square_())
+
+    def _total(self, values: Tensor) -> Tensor:
+        total = values.sum(dim=0)
+        if self.group is not None:
+            dist.all_reduce(total, group=self.group)
+        return total
 
 
 def two_nodes(mean: Tensor, variance: Tensor, count: int) -> Spread:

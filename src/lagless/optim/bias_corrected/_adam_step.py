@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 from lagless.optim._blocks import local
 from lagless.optim._kernels import compiled, fits_kernel, flat, on_device
 from lagless.optim.bias_corrected._elements import move, pieces
-from lagless.optim.bias_corrected._microbatches import Collected, scale_of
+from lagless.optim.bias_corrected._microbatches import Collected, Weights, scale_of
 from lagless.optim.bias_corrected._report import CorrectionSums
 from lagless.optim.bias_corrected._sums import Power
 from lagless.updates import (
@@ -83,10 +83,14 @@ def adam_update(
     totals, samples = ({}, ()) if found is None else (found.totals, found.samples)
     row = [local(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"], *totals.values())]
     powers, counts = tuple(totals), None if found is None else (found.count, found.halves)
+    weights = None if found is None else found.weights
     if group["compile"] and not samples and sums is None and fits_kernel(row):
         numbers = on_device(k, row[2].dtype, row[2].device)
         ratio = None if found is None else found.ratio.to(numbers.dtype)
-        compiled(_one_pass)(form, clips, powers, counts, numbers, ratio, *map(flat, row))
+        unequal = None
+        if weights is not None and found is not None and found.shares is not None:
+            unequal = on_device(weights, numbers.dtype, numbers.device)
+        compiled(_one_pass)(form, clips, powers, counts, unequal, numbers, ratio, *map(flat, row))
         increment_version(row[0])
         return
     ratio = None if found is None else found.ratio.to(row[2].dtype)
@@ -97,7 +101,7 @@ def adam_update(
         if found is not None and samples:
             groups = _groups_of_samples(form, mean, torch.stack(rest), found)
         else:
-            groups = _groups_of_sums(form, mean, powers, counts, ratio, rest)
+            groups = _groups_of_sums(form, mean, powers, counts, weights, ratio, rest)
         _step(form, clips, k, groups, live, mean, m, v, sums if found is not None else None)
 
 
@@ -106,6 +110,7 @@ def _one_pass(
     clips: Clips,
     powers: tuple[Power, ...],
     counts: Counts | None,
+    unequal: Tensor | None,
     numbers: Tensor,
     ratio: Tensor | None,
     live: Tensor,
@@ -115,7 +120,10 @@ def _one_pass(
     *totals: Tensor,
 ) -> None:
     mean = grad.to(m.dtype)
-    groups = _groups_of_sums(form, mean, powers, counts, ratio, totals)
+    weights = None if counts is None else Weights(counts[0], *counts[1])
+    if unequal is not None:
+        weights = Weights(*unequal.unbind())
+    groups = _groups_of_sums(form, mean, powers, counts, weights, ratio, totals)
     _step(form, clips, Numbers(*numbers.unbind()), groups, live, mean, m, v, None)
 
 
@@ -147,9 +155,13 @@ def _step(
 
 def _groups_of_samples(form: AdamForm, mean: Tensor, samples: Tensor, found: Collected) -> list[Group]:
     """What an update is made of, from ḡ and the microbatch gradients of this process."""
+    shares = None if found.shares is None else torch.tensor(found.shares, dtype=samples.dtype, device=samples.device)
     if form.cross_fit == "leave_one_out":
-        return [Group(mean, Spread(samples, found.count, group=found.group))]
-    return [Group.of(samples)] if form.cross_fit == "none" else [Group.of(samples[half::2]) for half in (0, 1)]
+        column = None if shares is None else shares.view(-1, *[1] * mean.dim())
+        return [Group(mean, Spread(samples, found.count, None, found.group, column))]
+    if form.cross_fit == "none":
+        return [Group.of(samples, shares)]
+    return [Group.of(samples[half::2], None if shares is None else shares[half::2]) for half in (0, 1)]
 
 
 def _groups_of_sums(
@@ -157,20 +169,21 @@ def _groups_of_sums(
     mean: Tensor,
     keys: Sequence[Power],
     counts: Counts | None,
+    weights: Weights | None,
     ratio: Tensor | None,
     totals: Sequence[Tensor],
 ) -> list[Group]:
     """What an update is made of, from ḡ and sums of powers; of ḡ alone without ``counts``."""
-    if counts is None or ratio is None:
+    if counts is None or weights is None or ratio is None:
         return [Group(mean)]
     n, (n_a, n_b) = counts
-    powers = {key: total * scale_of(key, ratio, *counts) for key, total in zip(keys, totals, strict=True)}
+    powers = {key: total * scale_of(key, ratio, weights) for key, total in zip(keys, totals, strict=True)}
     if form.cross_fit == "leave_one_out":
         square = powers[Power(2)]
         variance = square - mean * mean
         if Power(3) not in powers:
             return [Group(mean, two_nodes(mean, variance, n))]
-        third = powers[Power(3)] - mean * (3.0 * square - 2.0 * mean * mean)
+        third = (powers[Power(3)] - mean * (3.0 * square - 2.0 * mean * mean)) * weights.third
         return [Group(mean, skewed_nodes(mean, variance, third, n))]
 
     def squares(half: int | None, count: int) -> Spread | None:
@@ -184,7 +197,7 @@ def _groups_of_sums(
     if form.cross_fit == "none":
         return [Group(mean, None, squares(None, n))]
     a = powers[Power(1, 0)]
-    b = (n * mean - n_a * a) / max(n_b, 1)
+    b = (weights.total * mean - weights.first * a) / weights.second
     return [Group(a, None, squares(0, n_a)), Group(b, None, squares(1, n_b))]
 
 
@@ -192,5 +205,5 @@ def _dispersion(folds: Folds, eps: float) -> Tensor | None:
     """Var(D̂)/D² per coordinate."""
     variance, d = folds.variance, folds.second_moment.sqrt() + eps
     if folds.spread is not None:
-        variance = folds.spread.variance_of_mean(d)[None] * (folds.spread.count - 1) ** 2
+        variance = folds.spread.jackknife(d)[None]
     return None if variance is None else (variance / (d * d)).mean(dim=0)

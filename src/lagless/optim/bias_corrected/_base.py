@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lagless._validation import require_integer
 from lagless.optim.bias_corrected._microbatches import Collected, Microbatches, norms
@@ -101,6 +103,59 @@ class BiasCorrected(Optimizer):
         """Forget the gradients, and the microbatches that they are made of."""
         super().zero_grad(set_to_none)
         self._forget(stepped=False)
+
+    def weigh_microbatch(self, weight: float) -> None:
+        """Say what the next microbatch weighs in the sum of gradients; call it before each ``backward()`` or none.
+
+        Its loss is then ``weight`` times a mean over the microbatch, up to a factor that all have in common, and the
+        variance of that mean's gradient goes as 1/``weight``: a sum of token losses over the number of tokens in the
+        whole step has its own number of tokens for a weight. Losses that are means of each microbatch have equal ones,
+        whatever their lengths. Only ratios of weights count.
+
+        Args:
+            weight: ≥ 0; a microbatch of weight 0 has nothing to say and is not counted. In data parallel in the same
+                unit on all processes, under FSDP2 that of all processes' microbatches together.
+
+        Raises:
+            ValueError: for a negative or infinite weight.
+        """
+        weight = float(weight)
+        if not 0.0 <= weight < math.inf:
+            raise ValueError(f"weight={weight}; it must be a finite number >= 0.")
+        self._microbatches.announce(weight)
+
+    def weigh_by_tokens(self, model: nn.Module, *, shifted: bool = True) -> RemovableHandle:
+        """Weigh microbatches by their supervised tokens where ``model``'s loss is divided by those of the whole step.
+
+        That is so where it is called for training with ``num_items_in_batch``, as transformers' Trainer does; otherwise
+        losses are means of each microbatch, and all weigh the same. Call it with the model that is not wrapped yet. One
+        forward pass per ``backward()``. Where the labels are on a GPU, counting them waits for it once per microbatch.
+
+        Args:
+            model: called with ``labels``, -100 where there is no supervision.
+            shifted: whether labels are shifted by one position in the loss, as for causal language models.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+        owner = weakref.ref(self)
+
+        def weigh(module: nn.Module, _: Any, arguments: dict[str, Any]) -> None:
+            optimizer, labels = owner(), arguments.get("labels")
+            if optimizer is None or labels is None or not (module.training and torch.is_grad_enabled()):
+                return
+            if arguments.get("num_items_in_batch") is not None:
+                tokens = (labels[..., 1:] if shifted else labels).ne(-100).sum()
+                optimizer.weigh_microbatch(optimizer._over_shards(tokens))
+
+        return model.register_forward_pre_hook(weigh, with_kwargs=True)
+
+    def _over_shards(self, count: Tensor) -> float:
+        """A count over all processes that share sharded parameters, whose microbatches are one."""
+        sharded = next((p for g in self.param_groups for p in g["params"] if isinstance(p, DTensor)), None)
+        if sharded is not None:
+            count = sum_over_mesh(count, sharded)
+        return float(count)
 
     def correction_report(self) -> list[Correction]:
         """How much the correction matters, one record per parameter group, from the latest step it was recorded in.
@@ -194,10 +249,7 @@ class BiasCorrected(Optimizer):
             finite &= torch.stack(torch._foreach_norm(filled, math.inf, dtype=wide)).isfinite().all()
         sharded = next((p for p in parameters if isinstance(p, DTensor)), None)
         if sharded is not None:
-            flag = finite.float()
-            for dimension in range(sharded.device_mesh.ndim):
-                dist.all_reduce(flag, dist.ReduceOp.MIN, group=sharded.device_mesh.get_group(dimension))
-            return bool(flag)
+            return not bool(sum_over_mesh((~finite).float(), sharded))
         return bool(finite)  # the step's one wait for the device
 
     def _recorder(self, index: int, group: dict[str, Any]) -> CorrectionSums | None:
@@ -259,6 +311,14 @@ class BiasCorrected(Optimizer):
 def tensors_of(group: dict[str, Any]) -> list[Tensor]:
     """The parameters of a group, named or not."""
     return [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+
+
+def sum_over_mesh(value: Tensor, sharded: DTensor) -> Tensor:
+    """The sum over all processes of a sharded tensor's mesh."""
+    value, mesh = value.to(sharded.device, copy=True), sharded.device_mesh
+    for dimension in range(mesh.ndim):
+        dist.all_reduce(value, group=mesh.get_group(dimension))
+    return value
 
 
 def _data_parallel(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lagless.optim.bias_corrected._sums import Power
+from lagless.optim.bias_corrected._sums import Power, rescale
 from lagless.updates import energies
 
 
@@ -107,8 +107,8 @@ class FactorSums:
         self.due = True
         self.vectors: list[Tensor] = []
 
-    def add(self, gradient: Tensor, half: int, fresh: bool) -> None:
-        """Count a microbatch of ``half``; the first one if ``fresh``."""
+    def add(self, gradient: Tensor, half: int, fresh: bool, weight: float = 1.0) -> None:
+        """Count a microbatch of ``half``, ``weight`` times its mean gradient; the first one if ``fresh``."""
         g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         if fresh:
             self.totals.clear()
@@ -119,12 +119,13 @@ class FactorSums:
         for i, factor in enumerate(self.partition.factors):
             block = factor.of(g)
             if self._split:
-                self._take(factor.gram, half, lambda block=block: block @ block.mT)
+                scale = rescale(weight, 2)
+                self._take(factor.gram, half, lambda block=block, scale=scale: scale * (block @ block.mT))
             if self._measure and self.vectors:
                 of = 1 if self._split else None
-                energy = energies(block, self.vectors[i])
+                energy = rescale(weight, 2) * energies(block, self.vectors[i])
                 self._take(factor.energy(2, of), half, energy.clone)
-                self._take(factor.energy(4, of), half, energy.square)
+                self._take(factor.energy(4, of), half, lambda e=energy: rescale(weight, 2) * e.square())
 
     def _take(self, key: Any, half: int, value: Callable[[], Tensor]) -> None:
         """Add to a sum, if it is of this half; make it in any case, since all processes must have the same sums."""

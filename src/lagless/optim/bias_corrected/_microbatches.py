@@ -10,7 +10,7 @@ import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,25 @@ from lagless.optim._blocks import local
 from lagless.optim.bias_corrected._sums import Sums, sum_over
 
 
+class Weights(NamedTuple):
+    """What a step's microbatches weigh together; their numbers, where all weigh the same.
+
+    A microbatch of weight w_j arrives as a gradient ∝ w_j·g_j, and the variance of g_j goes as 1/w_j.
+
+    Attributes:
+        total: Σ w_j over all.
+        first: over the first half.
+        second: over the second half.
+        third: what turns the third central moment Σ w_j(g_j - ḡ)³/Σ w_j into that of n equal microbatches of the same
+            samples, in expectation: (n - 1)(n - 2)/(Σ 1/w_j - 3n + 2) with Σ w_j = 1. The second is that as it is.
+    """
+
+    total: Any
+    first: Any
+    second: Any
+    third: Any = 1.0
+
+
 @dataclass(frozen=True)
 class Collected:
     """What is known of one parameter's microbatches.
@@ -32,9 +51,11 @@ class Collected:
     Attributes:
         totals: by key of the sums, as they were added up.
         ratio: the mean of the gradients, as they were added up, times it is ``p.grad``; one number.
-        samples: the microbatch gradients of this process times the ratio, if they were kept.
+        samples: the microbatch gradients of this process in units of ``p.grad``, if they were kept.
+        shares: of these in the mean of all processes' microbatches; None where all are equal.
         count: n, over all processes.
         halves: how many of them belong to either half.
+        weights: what they weigh.
         reached: how many of either half reached the parameter.
         group: the processes, if there are several.
     """
@@ -42,21 +63,23 @@ class Collected:
     totals: dict[Any, Tensor]
     ratio: Tensor
     samples: tuple[Tensor, ...]
+    shares: tuple[float, ...] | None
     count: int
     halves: tuple[int, int]
+    weights: Weights
     reached: tuple[int, int]
     group: dist.ProcessGroup | None
 
     def mean(self, key: Any) -> Tensor:
         """What was summed under ``key``, per microbatch and in units in which the mean gradient is ``p.grad``."""
         total = self.totals[key]
-        return total * scale_of(key, self.ratio.to(total.dtype), self.count, self.halves)
+        return total * scale_of(key, self.ratio.to(total.dtype), self.weights)
 
 
-def scale_of(key: Any, ratio: Tensor, count: int, halves: tuple[int, int]) -> Tensor:
+def scale_of(key: Any, ratio: Tensor, weights: Weights) -> Tensor:
     """What turns a sum into that mean."""
-    members = count if key.half is None else halves[key.half]
-    return ratio**key.exponent / max(members, 1)
+    members = weights.total if key.half is None else weights[1 + key.half]
+    return ratio**key.exponent / members
 
 
 class _Track:
@@ -83,8 +106,11 @@ class Microbatches:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.count = 0
+        self._weights: list[float | None] = []  # of the microbatches of this window
+        self._announced: float | None = None  # of the next one
         self._tracks: dict[Tensor, _Track] = {}
         self._incoming: dict[Tensor, Tensor | None] = {}
+        self.paused = False  # whether gradients that arrive are of no microbatch
         self._open = False
         self._handles: list[Any] = []
         self._backward = -1  # number of the graph that autograd is working on
@@ -105,7 +131,7 @@ class Microbatches:
                 alive._incoming[parameter] = None if parameter.grad is None else gradient
 
         def after(_: Tensor) -> None:
-            if (alive := owner()) is not None:
+            if (alive := owner()) is not None and not alive.paused:
                 alive._arrived(parameter)
 
         wanted = parameter.requires_grad
@@ -124,6 +150,15 @@ class Microbatches:
         processes = 1 if self.group is None else self.group.size()
         first = sum(self._half(j, rank) == 0 for j in range(self.begun) for rank in range(processes))
         return first, self.begun * processes - first
+
+    @property
+    def announced(self) -> float | None:
+        """What the microbatch weighs that comes next, if that was said."""
+        return self._announced
+
+    def announce(self, weight: float) -> None:
+        """Say what the microbatch weighs that comes next."""
+        self._announced = weight
 
     def remove(self) -> None:
         """Stop following all parameters."""
@@ -151,29 +186,68 @@ class Microbatches:
         present = [(p, track) for p, track in present if self._open and (track.microbatch or self.group is not None)]
         if not present:
             return {}
+        mine = self._own_weights()
         for p, track in present:
             if not track.microbatch and p.grad is not None:
                 track.sums.add(torch.zeros_like(local(p.grad)), 0, fresh=True)
                 track.reached = [0, 0]
-        halves, reached = self.halves, [(a, b) for a, b in (track.reached for _, track in present)]
+        reached = [(a, b) for a, b in (track.reached for _, track in present)]
+        device = local(present[0][0]).device
+        halves, weights = self.halves, None if mine is None else self._together(mine, device)
+        if weights is not None:
+            halves, weights = weights
         if self.group is not None:
-            sum_over(self.group, [total for _, track in present for total in track.sums.totals.values()])
+            counts = torch.tensor(reached, dtype=torch.float32, device=device)
+            sum_over(self.group, [counts, *(total for _, track in present for total in track.sums.totals.values())])
             if any(key.half is not None for _, track in present for key in track.sums.totals):
-                counts = torch.tensor(reached, dtype=torch.float32, device=local(present[0][0]).device)
-                sum_over(self.group, [counts])
                 reached = [(int(a), int(b)) for a, b in counts.tolist()]
         before = torch.stack([track.norm for _, track in present if track.norm is not None])
         # p.grad is this times the mean of the gradients seen, by whatever it was unscaled and clipped.
-        ratios = torch.where(before > 0.0, torch.stack(norms([p for p, _ in present])) / before, 1.0) * self.count
+        ratios = torch.where(before > 0.0, torch.stack(norms([p for p, _ in present])) / before, 1.0)
+        processes = 1 if self.group is None else self.group.size()
+        ratios = ratios * (self.count if weights is None else weights.total / processes)
+        shares = None if weights is None or mine is None else tuple(w / weights.total for w in mine)
         found = {}
         for (p, track), ratio, counts in zip(present, ratios.unbind(), reached, strict=True):
             samples = ()
             if track.keep and p.grad is not None:
                 gradient = local(p.grad)
                 zero = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
-                samples = tuple(track.samples.get(j, zero) * ratio for j in range(self.count))
-            found[p] = Collected(track.sums.totals, ratio, samples, sum(halves), halves, counts, self.group)
+                scales = [ratio / w if w else 0.0 for w in mine or [1.0] * self.count]
+                samples = tuple(track.samples.get(j, zero) * scale for j, scale in enumerate(scales))
+            everything = weights or Weights(sum(halves), *halves)
+            found[p] = Collected(
+                track.sums.totals, ratio, samples, shares, sum(halves), halves, everything, counts, self.group
+            )
         return found
+
+    def _own_weights(self) -> list[float] | None:
+        """Those of this process's microbatches; None if none was given."""
+        given = [w for w in self._weights if w is not None]
+        if given and len(given) < self.count:
+            raise RuntimeError(
+                f"{len(given)} of {self.count} microbatches of this step were given a weight; give one to each before "
+                "its backward(), or to none."
+            )
+        return given or None
+
+    def _together(self, mine: Sequence[float], device: torch.device) -> tuple[tuple[int, int], Weights]:
+        """Numbers of microbatches in either half and what they weigh, over all processes; no weight, no microbatch."""
+        rank = 0 if self.group is None else self.group.rank()
+        sums = torch.zeros(5, dtype=torch.float64)  # numbers, weights, Σ 1/w
+        for j, w in enumerate(mine):
+            if w:
+                half = self._half(j, rank)
+                sums[half] += 1
+                sums[2 + half] += w
+                sums[4] += 1.0 / w
+        if self.group is not None:
+            sums = sums.to(device)
+            sum_over(self.group, [sums])
+        n_a, n_b, a, b, inverse = sums.tolist()
+        n, total = n_a + n_b, a + b
+        third = (n - 1.0) * (n - 2.0) / (total * inverse - 3.0 * n + 2.0) if n > 2 else 0.0
+        return (int(n_a), int(n_b)), Weights(total or 1.0, a, b, third)
 
     def _half(self, microbatch: int, rank: int) -> int:
         # Halves alternate, since how many microbatches will come is not known; over ranks too, for one each.
@@ -197,12 +271,15 @@ class Microbatches:
         first, self._latest = backward != self._backward, max(backward, self._latest)
         if not self._open or (first and gradient is None and self._abandoned(parameter)):
             self._open, self.count = True, 0
+            self._weights.clear()
             for other in self._tracks.values():
                 other.microbatch, other.previous = 0, None
                 other.samples.clear()
             new = True
         if new:
             self.count += 1
+            self._weights.append(self._announced)
+            self._announced = None
         self._add(track, local(accumulated if gradient is None else gradient))
         if not seen:
             track.previous = TensorWeakRef(grad), accumulated.clone()
@@ -224,8 +301,9 @@ class Microbatches:
         half = self._half(self.count - 1, 0 if self.group is None else self.group.rank())
         if track.microbatch == 0:
             track.reached = [0, 0]
-        track.reached[half] += 1
-        track.sums.add(gradient, half, fresh=track.microbatch == 0)
+        weight = self._weights[self.count - 1]
+        track.reached[half] += weight != 0.0
+        track.sums.add(gradient, half, track.microbatch == 0, 1.0 if weight is None else weight)
 
     @torch.no_grad()
     def _measure(self) -> None:

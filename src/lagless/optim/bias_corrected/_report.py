@@ -21,8 +21,9 @@ class Correction:
         inverse_correction: as in the group.
         relative: ‖u - u_std‖/‖u_std‖, u_std the standard update from the same gradients and moments.
         cosine: between u and u_std.
-        dispersion: mean over coordinates of Var(D̂)/D², the preconditioner's relative variance as the inverse
-            correction estimates it; nan where nothing of the kind is collected, as for Sophia and Shampoo.
+        dispersion: mean of Var(D̂)/D², the preconditioner's relative variance as the inverse correction estimates it:
+            over coordinates for AdamW and Sophia (P for D), over all factors' eigenvalues λ for Shampoo. nan where
+            nothing of the kind is collected: without inverse correction, unless for leave_one_out.
     """
 
     group: int

@@ -55,7 +55,7 @@ class BiasCorrectedShampoo(BiasCorrected):
             fit, for one more buffer; "none" leaves it.
         largest_root: of d_i; None for no limit.
         norm_clip: largest Frobenius norm of a matrix's update before grafting; None for no limit.
-        cross_fit: "none" or "split".
+        cross_fit: "none" or "split". Other forms would need eigendecompositions for each fold.
         inverse_correction: "none", "post_ema" or "pre_ema"; the latter two are the same, as λ_i is affine in G_jG_jᵀ.
         folds: for a correction, where variances are measured. "lagged" (default): along the eigenvectors of the
             previous roots, as microbatches go by, and turned into the new basis; none at the first roots. "exact":
@@ -159,15 +159,20 @@ class BiasCorrectedShampoo(BiasCorrected):
         require_steps(self, group, "block_size")
         for name, choices in (
             ("grafting", ("adamw", "none")),
-            ("cross_fit", ("none", "split")),
             ("inverse_correction", ("none", "post_ema", "pre_ema")),
             ("folds", ("lagged", "exact")),
         ):
             require(self, group, name, group[name] in choices, f"one of {choices}")
+        reason = ": the method has no other form for matrices; each fold would need eigendecompositions of its own"
+        allowed = "'none' or 'split'" + (reason if group["cross_fit"] in ("symmetric", "leave_one_out") else "")
+        require(self, group, "cross_fit", group["cross_fit"] in ("none", "split"), allowed)
         alone = self._microbatches.group is None
         require(self, group, "folds", alone or group["folds"] != "exact", "'lagged' in data parallel")
         if any(isinstance(p, DTensor) and _is_matrix(group, p) for p in tensors_of(group)):
-            raise NotImplementedError(f"{type(self).__name__} needs whole matrices; these parameters are sharded.")
+            raise NotImplementedError(
+                f"{type(self).__name__} needs whole matrices; these parameters are sharded. Use "
+                "DistributedDataParallel, or BiasCorrectedAdamW."
+            )
 
     def _needs(self, group: dict[str, Any], parameter: Tensor) -> tuple[Sums | None, bool]:
         if not _is_matrix(group, parameter) or not self._corrects(group):
@@ -206,9 +211,10 @@ class BiasCorrectedShampoo(BiasCorrected):
             adam_update(group | adamw, PLAIN, int(state["step"]), p, state, None, None)
         for p in matrices:
             self._start(group, p)
-        bases = self._take_roots(group, [p for p in matrices if self._root_due(group, p)], collected)
+        bases, dispersions = self._take_roots(group, [p for p in matrices if self._root_due(group, p)], collected)
         for p in matrices:
-            self._move(group, p, collected.get(p), bases, sums)
+            dispersion = torch.cat(dispersions[p]) if p in dispersions else None
+            self._move(group, p, collected.get(p), bases, dispersion, sums)
             self._prepare(group, p)
 
     def _root_due(self, group: dict[str, Any], p: Tensor) -> bool:
@@ -228,26 +234,32 @@ class BiasCorrectedShampoo(BiasCorrected):
 
     def _take_roots(
         self, group: dict[str, Any], parameters: Sequence[Tensor], collected: dict[Tensor, Collected]
-    ) -> dict[tuple[Tensor, Factor], Eigenbasis]:
-        """Move the factors of ``parameters`` on and take their roots, those of one size in one batch."""
+    ) -> tuple[dict[tuple[Tensor, Factor], Eigenbasis], dict[Tensor, list[Tensor]]]:
+        """Move the factors of ``parameters`` on and take their roots, those of one size in one batch.
+
+        Returns:
+            Every factor's eigenbasis, and every parameter's V/λ², where V is known.
+        """
         by_size: defaultdict[int, list[tuple[Tensor, Factor]]] = defaultdict(list)
         for p in parameters:
             for factor in Partition(p.shape, group["block_size"]).factors:
                 fed = self._fed(group, p, factor, collected.get(p))
                 self.state[p][factor.name("factor")].lerp_(fed, 1.0 - group["betas"][1])
                 by_size[factor.size].append((p, factor))
-        bases = {}
+        bases, dispersions = {}, defaultdict(list)
         for batch in by_size.values():
             stacked = torch.stack([self.state[p][factor.name("factor")] for p, factor in batch])
             found = eigenbasis(stacked, group["damping"])
             for i, (p, factor) in enumerate(batch):
                 basis = bases[p, factor] = Eigenbasis(found.values[i], found.vectors[i])
                 variance = self._variance(group, p, factor, basis, collected.get(p))
+                if variance is not None:
+                    dispersions[p].append(variance / basis.values.square())
                 state = self.state[p]
                 state[factor.name("root")] = inverse_fourth_root(basis, variance, group["largest_root"])
                 if _lagged(group):
                     state[factor.name("vectors")] = basis.vectors.clone()
-        return bases
+        return bases, dispersions
 
     def _fed(self, group: dict[str, Any], p: Tensor, factor: Factor, found: Collected | None) -> Tensor:
         """S_L or S_R of one block."""
@@ -286,6 +298,7 @@ class BiasCorrectedShampoo(BiasCorrected):
         p: Tensor,
         found: Collected | None,
         bases: dict[tuple[Tensor, Factor], Eigenbasis],
+        dispersion: Tensor | None,
         report: CorrectionSums | None,
     ) -> None:
         assert p.grad is not None
@@ -304,7 +317,7 @@ class BiasCorrectedShampoo(BiasCorrected):
         if report is not None:
             roots = [inverse_fourth_root(bases[p, f], None, group["largest_root"]) for f in partition.factors]
             standard = old.lerp_(mean, 1.0 - group["betas"][0])
-            report.add(update, partition.multiply(standard, roots), None)
+            report.add(update, partition.multiply(standard, roots), dispersion)
         if group["grafting"] == "adamw":
             update *= self._adamw_norm(group, p, mean) / torch.linalg.vector_norm(update).clamp(min=1e-30)
         move(p, update, group["lr"], group["weight_decay"])

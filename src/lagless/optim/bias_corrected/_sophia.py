@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lagless.optim._blocks import local
 from lagless.optim._kernels import compiled, fits_kernel, flat, on_device
-from lagless.optim.bias_corrected._base import STANDARD, BiasCorrected, tensors_of
+from lagless.optim.bias_corrected._base import STANDARD, BiasCorrected
 from lagless.optim.bias_corrected._elements import move, pieces
 from lagless.optim.bias_corrected._hyperparameters import (
     require,
@@ -59,18 +59,19 @@ class BiasCorrectedSophia(BiasCorrected):
         clip: largest |u| per coordinate.
         hessian_freq: k, steps between estimates of the curvature. Where such a step has one microbatch only and
             cross_fit is "split", the former estimate stays until the next.
-        cross_fit: "none" or "split".
+        cross_fit: "none" or "split". The method has no symmetric or leave-one-out form for curvature, which has labels
+            of its own and is kept between estimates.
         inverse_correction: "none", "post_ema" or "pre_ema".
         compile: step large contiguous tensors by one kernel of ``torch.compile``, and add each of their microbatches to
             all its sums by one. Steps that are recorded go block by block.
         standard: parts of names of parameters to step without corrections; () for none. Their ``batch_size`` is the
             same, so give groups of their own where parity matters.
-        report_freq: every how many steps to record for :meth:`correction_report`; 0 for never.
+        report_freq: fewest steps between records for :meth:`correction_report`, made when curvature is taken in; 0 for
+            never.
         process_group: data-parallel processes, all of whose microbatches are folds; None for the default group.
 
     Raises:
         ValueError: for a hyperparameter out of range.
-        NotImplementedError: for sharded parameters.
 
     Reference:
         Liu et al., arXiv 2305.14342, Algorithm 3; Nayak et al., arXiv 2605.20756. No bias correction of m or h.
@@ -111,7 +112,7 @@ class BiasCorrectedSophia(BiasCorrected):
             "compile": compile,
         }
         self._curvature: dict[Tensor, PowerSums] = {}
-        self._estimates = [0, 0]  # of either half
+        self._estimates, self._weights = [0, 0], [0.0, 0.0]  # of either half, and what they weigh
         super().__init__(params, defaults, standard=standard, report_freq=report_freq, process_group=process_group)
 
     @property
@@ -161,7 +162,13 @@ class BiasCorrectedSophia(BiasCorrected):
             retain_graph: keep the graph for a ``backward()`` on another loss.
         """
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
+        announced = self._microbatches.announced
+        weight = 1.0 if announced is None else announced
+        loss = loss if weight == 1.0 else weight * loss
+        if any(isinstance(p, DTensor) for p in parameters):
+            gradients = self._gradients_of_shards(loss, parameters, retain_graph)
+        else:
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
         if all(q is None for q in gradients):
             raise RuntimeError("this loss depends on none of the optimizer's parameters; give that of their own model.")
         half, fresh = self._half(), not any(self._estimates)
@@ -173,11 +180,28 @@ class BiasCorrectedSophia(BiasCorrected):
                         sums.totals.clear()
             for p, q in zip(parameters, gradients, strict=True):
                 if q is not None:
-                    self._curvature[p].add(local(q), half, fresh=False)
-        self._estimates[half] += 1
+                    self._curvature[p].add(local(q), half, False, weight)
+        self._estimates[half] += weight > 0.0
+        self._weights[half] += weight
+
+    def _gradients_of_shards(
+        self, loss: Tensor, parameters: Sequence[Tensor], retain_graph: bool
+    ) -> list[Tensor | None]:
+        """Those of a backward pass of its own, since FSDP2 reduces gradients into p.grad only."""
+        own = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        self._microbatches.paused = True
+        try:
+            loss.backward(retain_graph=retain_graph)
+            return [p.grad for p in parameters]
+        finally:
+            self._microbatches.paused = False
+            for p, gradient in zip(parameters, own, strict=True):
+                p.grad = gradient
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._curvature, self._estimates = {}, [0, 0]
+        self._curvature, self._estimates, self._weights = {}, [0, 0], [0.0, 0.0]
         super().__setstate__(state)
 
     def _half(self) -> int:
@@ -189,6 +213,9 @@ class BiasCorrectedSophia(BiasCorrected):
         """Whether anybody uses the curvature of the microbatch at hand."""
         return self._half() == 1 or any(g["cross_fit"] == "none" for g in self.param_groups)
 
+    def _records(self, group: dict[str, Any], step: int, former: CorrectionSums | None) -> bool:
+        return (former is None or step - former.step >= self._report_freq) and self._due(group)
+
     def _due(self, group: dict[str, Any]) -> bool:
         taken = [int(self.state[p]["step"]) for p in group["params"] if "step" in self.state[p]]
         return bool(group["params"]) and max(taken, default=0) % group["hessian_freq"] == 0
@@ -198,15 +225,12 @@ class BiasCorrectedSophia(BiasCorrected):
         require_nonnegative(self, group, "lr", "weight_decay")
         require_positive(self, group, "eps", "rho", "batch_size", "clip")
         require_steps(self, group, "hessian_freq", minimum=1)
-        require(self, group, "cross_fit", group["cross_fit"] in ("none", "split"), "'none' or 'split'")
+        reason = ": the method has no other form for curvature, which has its own labels and is kept between estimates"
+        allowed = "'none' or 'split'" + (reason if group["cross_fit"] in ("symmetric", "leave_one_out") else "")
+        require(self, group, "cross_fit", group["cross_fit"] in ("none", "split"), allowed)
         corrections = ("none", "post_ema", "pre_ema")
         good = group["inverse_correction"] in corrections
         require(self, group, "inverse_correction", good, f"one of {corrections}")
-        if any(isinstance(p, DTensor) for p in tensors_of(group)):
-            raise NotImplementedError(
-                f"{type(self).__name__}: these parameters are sharded, and the gradients of sampled labels, which must "
-                "stay out of p.grad, do not reach sharded parameters. Use DistributedDataParallel."
-            )
 
     def _needs(self, group: dict[str, Any], parameter: Tensor) -> tuple[Sums | None, bool]:
         return PowerSums((Power(1, 0),), group["compile"]) if group["cross_fit"] == "split" else None, False
@@ -222,9 +246,10 @@ class BiasCorrectedSophia(BiasCorrected):
         wanted = [(g, p) for g in self.param_groups for p in g["params"] if p.requires_grad]
         for group, p in wanted:
             self._sums_of(group, p).start(p)
-        counts = torch.tensor(self._estimates, dtype=torch.float32, device=wanted[0][1].device if wanted else None)
+        device = wanted[0][1].device if wanted else None
+        counts = torch.tensor([*self._estimates, *self._weights], dtype=torch.float64, device=device)
         sum_over(over, [counts, *(total for _, p in wanted for total in self._curvature[p].totals.values())])
-        self._estimates = [int(count) for count in counts.tolist()]
+        self._estimates, self._weights = [int(n) for n in counts[:2].tolist()], counts[2:].tolist()
 
     def _sums_of(self, group: dict[str, Any], p: Tensor) -> PowerSums:
         return self._curvature.setdefault(p, PowerSums(_curvature_powers(group), group["compile"]))
@@ -233,7 +258,7 @@ class BiasCorrectedSophia(BiasCorrected):
         # Curvature is estimated before its microbatch's backward(), and zero_grad() may come between.
         if stepped or self._microbatches.begun:
             self._curvature.clear()
-            self._estimates = [0, 0]
+            self._estimates, self._weights = [0, 0], [0.0, 0.0]
         super()._forget(stepped)
 
     def _refuse(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -271,7 +296,7 @@ class BiasCorrectedSophia(BiasCorrected):
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             state["inverse"].fill_(1.0 / group["eps"])  # of no curvature, until there is an estimate
         state["step"] += 1
-        k = Numbers.at(group)
+        k = Numbers.at(group, self._weights[1] if group["cross_fit"] == "split" else sum(self._weights))
         sums = self._curvature.get(p, PowerSums(())).totals if estimates else {}
         split = group["cross_fit"] == "split" and found is not None and all(found.reached)
         half = found.mean(Power(1, 0)) if split and found is not None else p.grad
@@ -294,12 +319,13 @@ class Numbers(NamedTuple):
     beta2: Any
     scale: Any  # ρ · batch_size
     clip: Any
+    weight: Any  # of all estimates of the curvature
 
     @classmethod
-    def at(cls, group: dict[str, Any]) -> Numbers:
+    def at(cls, group: dict[str, Any], weight: float) -> Numbers:
         """Those of a parameter group."""
         (b1, b2), scale = group["betas"], group["rho"] * group["batch_size"]
-        return cls(group["lr"], group["weight_decay"], group["eps"], b1, b2, scale, group["clip"])
+        return cls(group["lr"], group["weight_decay"], group["eps"], b1, b2, scale, group["clip"], weight)
 
 
 def _one_pass(powers: tuple[Power, ...], estimates: int, numbers: Tensor, *row: Tensor) -> None:
@@ -320,8 +346,9 @@ def _step(
     report: CorrectionSums | None = None,
 ) -> None:
     """One step of what is given; curvature is taken in if there are ``estimates`` of it."""
+    variance = None
     if estimates:
-        means = {power: total / estimates for power, total in zip(powers, totals, strict=True)}
+        means = {power: total / k.weight for power, total in zip(powers, totals, strict=True)}
         variance = _take_in(h, means, k, estimates)
         inverse.copy_(sophia_inverse(h, k.scale, k.eps, variance))
     old = m.clone() if report is not None else m
@@ -329,7 +356,8 @@ def _step(
     update = sophia_update(m, inverse, k.clip)
     if report is not None and mean is not None:
         plain = sophia_inverse(h, k.scale, k.eps)
-        report.add(update, sophia_update(old.lerp_(mean.to(m.dtype), 1.0 - k.beta1), plain, k.clip), None)
+        standard = sophia_update(old.lerp_(mean.to(m.dtype), 1.0 - k.beta1), plain, k.clip)
+        report.add(update, standard, None if variance is None else variance * plain * plain)
     move(live, update, k.lr, k.weight_decay)
 
 

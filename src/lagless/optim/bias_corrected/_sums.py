@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from lagless.optim._kernels import compiled, fits_kernel, flat
 
+BUCKET = 32 * 2**20  # bytes: a copy that is small beside a model, and large enough that latency does not count
+
 
 class Power(NamedTuple):
-    """A sum to keep: Σ g_j^exponent over the microbatches of one half (0 or 1), or of both (None)."""
+    """A sum to keep: Σ w_j g_j^exponent over the microbatches of one half (0 or 1), or of both (None)."""
 
     exponent: int
     half: int | None = None
@@ -28,8 +30,11 @@ class Sums(Protocol):
 
     totals: dict[Any, Tensor]
 
-    def add(self, gradient: Tensor, half: int, fresh: bool) -> None:
-        """Count a microbatch of ``half``; the first one if ``fresh``."""
+    def add(self, gradient: Tensor, half: int, fresh: bool, weight: float = 1.0) -> None:
+        """Count a microbatch of ``half``; the first one if ``fresh``.
+
+        Its ``gradient`` is ``weight`` times its mean gradient, of whose power ``weight`` times is added.
+        """
         ...
 
 
@@ -45,8 +50,8 @@ class PowerSums:
         self.powers, self._compile = tuple(powers), compile
         self.totals: dict[Power, Tensor] = {}
 
-    def add(self, gradient: Tensor, half: int, fresh: bool) -> None:
-        """Count a microbatch of ``half``; the first one if ``fresh``."""
+    def add(self, gradient: Tensor, half: int, fresh: bool, weight: float = 1.0) -> None:
+        """Count a microbatch of ``half``, ``weight`` times its mean gradient; the first one if ``fresh``."""
         self.start(gradient)
         for power in self.powers:
             if fresh and power.half not in (None, half):
@@ -55,10 +60,10 @@ class PowerSums:
         if not mine:
             return
         exponents, row = tuple(power.exponent for power in mine), [gradient, *(self.totals[power] for power in mine)]
-        if self._compile and fits_kernel(row):
-            compiled(_add_powers)(exponents, fresh, *map(flat, row))
+        if self._compile and weight == 1.0 and fits_kernel(row):  # another kernel per weight otherwise
+            compiled(_add_powers)(exponents, fresh, 1, *map(flat, row))
         else:
-            _add_powers(exponents, fresh, *row)
+            _add_powers(exponents, fresh, weight, *row)
 
     def start(self, like: Tensor) -> None:
         """Make the sums that are not there yet, of 0."""
@@ -68,8 +73,13 @@ class PowerSums:
                 self.totals[power] = torch.zeros_like(like, dtype=wide, memory_format=torch.preserve_format)
 
 
-def _add_powers(exponents: tuple[int, ...], fresh: bool, gradient: Tensor, *totals: Tensor) -> None:
-    """``total ← total + g^exponent``, from 0 if ``fresh``."""
+def rescale(weight: float, exponent: int) -> float:
+    """What turns (w·g)^exponent into w·g^exponent; 0 for w = 0, of which there is no g."""
+    return weight ** (1 - exponent) if weight else 0.0
+
+
+def _add_powers(exponents: tuple[int, ...], fresh: bool, weight: float, gradient: Tensor, *totals: Tensor) -> None:
+    """``total ← total + w·(gradient/w)^exponent``, from 0 if ``fresh``."""
     g = gradient.to(totals[0].dtype)
     square = g * g if max(exponents) > 2 else g
     for exponent, total in zip(exponents, totals, strict=True):
@@ -78,12 +88,35 @@ def _add_powers(exponents: tuple[int, ...], fresh: bool, gradient: Tensor, *tota
         if exponent == 1:
             total.add_(g)
         else:
-            total.addcmul_(square if exponent > 2 else g, square if exponent == 4 else g)
+            factors = square if exponent > 2 else g, square if exponent == 4 else g
+            total.addcmul_(*factors, value=rescale(weight, exponent))
 
 
 def sum_over(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> None:
-    """Replace tensors by their sums over the processes."""
-    works = [dist.all_reduce(t, group=group, async_op=True) for t in tensors]
-    for work in works:
+    """Replace tensors by their sums over the processes, in as few messages as a bounded copy of them allows.
+
+    Tensors of one dtype and device are put together in buckets of at most 32 MiB; larger ones go as they are.
+    """
+    works = []
+    for bucket in _buckets(tensors):
+        message = bucket[0] if len(bucket) == 1 else torch.cat([t.reshape(-1) for t in bucket])
+        works.append((dist.all_reduce(message, group=group, async_op=True), bucket, message))
+    for work, bucket, message in works:
         if work is not None:
             work.wait()
+        if len(bucket) > 1:
+            parts = message.split([t.numel() for t in bucket])
+            torch._foreach_copy_(bucket, [part.view(t.shape) for part, t in zip(parts, bucket, strict=True)])
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Groups of tensors to send together, in an order that depends on their shapes alone."""
+    filling: dict[Any, list[Tensor]] = {}
+    for t in tensors:
+        kind = t.dtype, t.device
+        bucket = filling.setdefault(kind, [])
+        if bucket and (sum(b.numel() for b in bucket) + t.numel()) * t.element_size() > BUCKET:
+            yield filling.pop(kind)
+            bucket = filling.setdefault(kind, [])
+        bucket.append(t)
+    yield from filling.values()
