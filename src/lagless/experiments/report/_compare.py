@@ -61,11 +61,11 @@ def compare(study: Study) -> list[Finding]:
     ]
 
 
-def settings_of(runs: Iterable[Run], method: str) -> list[list[Run]]:
-    """The runs of a method, one list per setting, in the order of their first appearance."""
+def settings_of(runs: Iterable[Run], method: str, *, tuning: bool = False) -> list[list[Run]]:
+    """The runs of a method, one list per setting, in the order of their first appearance: reported ones or tuning."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        if run.method == method:
+        if run.method == method and run.tuning == tuning:
             groups.setdefault(json.dumps(run.setting, sort_keys=True), []).append(run)
     return list(groups.values())
 
@@ -96,24 +96,47 @@ def score_of(run: Run, score: str) -> float:
 def _side(study: Study, claim: Claim, method: str) -> Side:
     known = {key for run in study.runs if run.method == method for key in run.setting}
     at = {key: value for key, value in claim.at.items() if key in known}
-    groups = [
-        group
-        for group in settings_of(study.runs, method)
-        if all(group[0].setting.get(key) == value for key, value in at.items())
-    ]
-    if not groups:
+    reported, tuning = (
+        [
+            group
+            for group in settings_of(study.runs, method, tuning=stage)
+            if all(group[0].setting.get(key) == value for key, value in at.items())
+        ]
+        for stage in (False, True)
+    )
+    if not reported:
         raise ValueError(f"{study.name}: no run of {method!r} at {at}, but the claim {claim.text!r} needs one.")
+    candidates = reported
     if claim.selected_by is not None:
-        chosen = best_setting(groups, claim.selected_by, claim.maximize)
-    elif len(groups) == 1:
-        chosen = groups[0]
+        candidates = tuning or reported
+        chosen = _reported(study, best_setting(_finalists(candidates), claim.selected_by, claim.maximize), reported)
+    elif len(reported) == 1:
+        chosen = reported[0]
     else:
         raise ValueError(
-            f"{study.name}: {len(groups)} settings of {method!r} fit the claim {claim.text!r}; give selected_by, or "
+            f"{study.name}: {len(reported)} settings of {method!r} fit the claim {claim.text!r}; give selected_by, or "
             "fix them by at."
         )
     seeds = [run.seed for run in chosen]
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"{study.name}: two runs of {method!r} with {chosen[0].setting} have the same seed.")
-    diverged = sum(any(run.scores is None for run in group) for group in groups)
-    return Side(chosen[0].setting, {r.seed: score_of(r, claim.score) for r in chosen}, len(groups), diverged)
+    diverged = sum(any(run.scores is None for run in group) for group in candidates)
+    return Side(chosen[0].setting, {r.seed: score_of(r, claim.score) for r in chosen}, len(candidates), diverged)
+
+
+def _finalists(groups: Sequence[list[Run]]) -> list[list[Run]]:
+    """Of tuning runs, the settings that were not dropped before the last tuning seed."""
+    if not groups[0][0].tuning:
+        return list(groups)
+    rounds = max(len(group) for group in groups)
+    return [group for group in groups if len(group) == rounds]
+
+
+def _reported(study: Study, best: list[Run], reported: Sequence[list[Run]]) -> list[Run]:
+    """The reported runs of the setting that was found best."""
+    for group in reported:
+        if group[0].setting == best[0].setting:
+            return group
+    raise ValueError(
+        f"{study.name}: the tuning of {best[0].method!r} chooses {best[0].setting}, and no reported run has it."
+    )

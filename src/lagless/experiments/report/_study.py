@@ -25,6 +25,11 @@ class Run(_Record):
     setting: Setting = Field(description="its hyperparameters; one combination is one point of the tuning budget")
     seed: int = Field(description="of data order, initial weights and dropout; methods are paired by it")
     scores: dict[str, float] | None = Field(description="'split/metric' to value; null if the run diverged")
+    tuning: bool = Field(
+        default=False,
+        description="made to choose a setting, on seeds that are not reported; a method with such runs chooses by them "
+        "alone, among the settings that have all of its tuning seeds",
+    )
     curves: dict[str, list[tuple[float, float]]] = Field(default={}, description="'split/metric' to (step, value)")
 
 
