@@ -80,6 +80,42 @@ def test_a_setting_that_diverged_on_one_seed_cannot_be_chosen_and_is_counted():
     assert finding.method.setting["kappa"] != 0.5 and finding.method.diverged == 1
 
 
+def in_two_stages() -> Study:
+    """Settings tried on seed 100, the best two on seed 101 too, and the choice reported on others."""
+    tried = {0.2: [1.0, 4.0], 0.5: [2.0, 2.0], 0.8: [2.5]}
+    tuning = [
+        Run(method=m, setting={"kappa": kappa}, seed=100 + i, scores={"valid/loss": loss}, tuning=True)
+        for m in ("ema", "bema")
+        for kappa, losses in tried.items()
+        for i, loss in enumerate(losses)
+    ]
+    reported = [
+        # validation losses of reporting seeds, by which 0.2 would be best, choose nothing
+        Run(
+            method=m, setting={"kappa": kappa}, seed=seed, scores={"valid/loss": kappa, "test/loss": loss + 0.01 * seed}
+        )
+        for m, loss in (("ema", 1.0), ("bema", 0.9))
+        for kappa in (0.2, 0.5)
+        for seed in SEEDS
+    ]
+    claim = Claim(text="", source="ours", method="bema", baseline="ema", score="test/loss", claimed=-1,
+                  selected_by="valid/loss")  # fmt: skip
+    return study(runs=[*tuning, *reported], claims=[claim])
+
+
+def test_tuning_runs_choose_and_other_seeds_are_reported():
+    [finding] = compare(in_two_stages())
+    for side in (finding.method, finding.baseline):
+        assert side.setting == {"kappa": 0.5} and side.budget == 3 and set(side.scores) == set(SEEDS)
+
+
+def test_a_choice_that_was_not_reported_is_refused():
+    whole = in_two_stages()
+    runs = [run for run in whole.runs if run.tuning or run.setting["kappa"] != 0.5]
+    with pytest.raises(ValueError, match="chooses {'kappa': 0.5}, and no reported run has it"):
+        compare(whole.model_copy(update={"runs": runs}))
+
+
 def test_settings_held_fixed_apply_to_the_sides_that_have_them():
     whole = study()
     extra = [Run(method="live", setting={}, seed=s, scores={"test/loss": 0.0}) for s in SEEDS]
