@@ -7,7 +7,18 @@ import pytest
 from typer.testing import CliRunner
 
 from lagless.cli import app
-from lagless.experiments.report import Claim, Figure, Run, Study, compare, load_study, save_study, write_reports
+from lagless.experiments.report import (
+    Claim,
+    Figure,
+    Run,
+    Study,
+    chosen_runs,
+    compare,
+    load_study,
+    save_study,
+    write_reports,
+)
+from lagless.experiments.report._figures import _table
 from lagless.experiments.statistics import Verdict, paired_difference
 
 EFFECT, SEEDS = {"ema": 0.0, "bema": -0.3, "dema": 0.3, "ouema": 0.0}, range(5)
@@ -124,6 +135,47 @@ def test_settings_held_fixed_apply_to_the_sides_that_have_them():
     )
     finding = compare(whole.model_copy(update={"runs": whole.runs + extra, "claims": [claim]}))[0]
     assert finding.method.setting["kappa"] == 0.2 and finding.baseline.setting == {}
+
+
+def test_the_two_sides_can_be_held_at_different_settings():
+    whole = study()
+    claim = Claim(
+        text="0.2 against 0.8", source="ours", method="bema", baseline="bema", score="valid/loss", claimed=-1,
+        at={"kappa": 0.2}, baseline_at={"kappa": 0.5},
+    )  # fmt: skip
+    finding = compare(whole.model_copy(update={"claims": [claim]}))[0]
+    assert (finding.method.setting["kappa"], finding.baseline.setting["kappa"]) == (0.2, 0.5)
+    assert finding.difference.value == pytest.approx(0.09)
+    assert finding.verdict is Verdict.CONTRADICTED
+
+
+def test_scores_of_the_test_are_needed_of_the_chosen_settings_only():
+    whole = study()
+    chosen = chosen_runs(whole)
+    assert len(chosen) == len(EFFECT) * len(SEEDS) and {run.setting["kappa"] for run in chosen} == {0.5}
+    unseen = [
+        run if run in chosen else run.model_copy(update={"scores": {"valid/loss": run.scores["valid/loss"]}})
+        for run in whole.runs
+    ]
+    assert [str(f.difference) for f in compare(whole.model_copy(update={"runs": unseen}))] == [
+        str(f.difference) for f in compare(whole)
+    ]
+
+
+def test_figures_hold_settings_fixed():
+    whole = study(figures=[])
+    better = [run.model_copy(update={"setting": run.setting | {"lr": 2}}) for run in whole.runs]
+    worse = [
+        run.model_copy(update={"setting": run.setting | {"lr": 1}, "scores": {k: v + 9 for k, v in run.scores.items()}})
+        for run in whole.runs
+    ]
+    figure = Figure(kind="map", caption="", score="test/loss", methods=["bema"], x="kappa", y="eta")
+
+    def shown(runs, at):
+        return _table(whole.model_copy(update={"runs": runs}), figure.model_copy(update={"at": at}), "bema")[2]
+
+    assert np.array_equal(shown(better + worse, {"lr": 1}), shown(worse, {}))
+    assert np.array_equal(shown(better + worse, {"lr": 2}), shown(better, {}))
 
 
 def test_a_study_survives_its_file(tmp_path):

@@ -29,7 +29,7 @@ def draw(study: Study, figure: Figure) -> bytes:
 def _curves(canvas: Canvas, study: Study, figure: Figure) -> None:
     axes = canvas.subplots()
     for i, method in enumerate(figure.methods):
-        runs = best_setting(settings_of(study.runs, method), figure.score)
+        runs = best_setting(settings_of(study.runs, method, figure.at), figure.score)
         curves = [np.asarray(run.curves[figure.score], dtype=float) for run in runs if figure.score in run.curves]
         if not curves:
             raise ValueError(f"{study.name}: the chosen runs of {method!r} have no curve of {figure.score!r}.")
@@ -68,7 +68,8 @@ def _map(canvas: Canvas, study: Study, figure: Figure) -> None:
 
 def _table(study: Study, figure: Figure, method: str) -> tuple[list[str], list[str], np.ndarray]:
     """Labels along x and y, and the mean score over seeds; the best over hyperparameters that are neither x nor y."""
-    groups = [group for group in settings_of(study.runs, method) if all(run.scores is not None for run in group)]
+    settings = settings_of(study.runs, method, figure.at)
+    groups = [group for group in settings if all(run.scores is not None for run in group)]
     subtract = _reference(study, figure)
     x, y = str(figure.x), str(figure.y)
     xs = sorted({group[0].setting[x] for group in groups}, key=_order)
@@ -85,7 +86,7 @@ def _table(study: Study, figure: Figure, method: str) -> tuple[list[str], list[s
 def _reference(study: Study, figure: Figure) -> dict[int, float]:
     if figure.minus is None:
         return {}
-    runs: list[Run] = best_setting(settings_of(study.runs, figure.minus), figure.score)
+    runs: list[Run] = best_setting(settings_of(study.runs, figure.minus, figure.at), figure.score)
     return {run.seed: score_of(run, figure.score) for run in runs}
 
 

@@ -47,9 +47,8 @@ class Claim(_Record):
         default=None, description="score by which each side's setting is chosen (smallest mean over seeds); null: `at`"
     )
     maximize: bool = Field(default=False, description="choose the largest instead of the smallest `selected_by`")
-    at: Setting = Field(
-        default={}, description="hyperparameters held fixed on the method's side, and on the baseline's"
-    )
+    at: Setting = Field(default={}, description="hyperparameters held fixed on both sides")
+    baseline_at: Setting | None = Field(default=None, description="on the baseline's side, in place of `at`")
 
 
 class Figure(_Record):
@@ -58,6 +57,7 @@ class Figure(_Record):
     kind: Literal["curves", "map"]
     caption: str
     score: str
+    at: Setting = Field(default={}, description="hyperparameters held fixed")
     methods: list[str] = Field(description="curves: one line each, at the setting with the smallest final score")
     x: str | None = Field(default=None, description="map: hyperparameter along x")
     y: str | None = Field(default=None, description="map: hyperparameter along y")
