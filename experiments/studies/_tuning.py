@@ -211,11 +211,12 @@ class Tuned:
     """What a method's search found: the records of its runs, and the choice."""
 
     runs: list[Run]
+    tried: dict[Position, float]  # on the first tuning seed
     position: Position
     weights: str
 
 
-def tune(trials: Trials, method: Method) -> Tuned:
+def tune(trials: Trials, method: Method, budget: int = BUDGET, finalists: int = FINALISTS) -> Tuned:
     """Choose a setting on the tuning seeds."""
     first, second = TUNING_SEEDS
     cells: dict[tuple[Position, int], Cell] = {}
@@ -225,11 +226,11 @@ def tune(trials: Trials, method: Method) -> Tuned:
         [cells[position, seed]] = trials.run(folder, method.changes, method.settings(position)[1], [seed])
         return method.losses(cells[position, seed])
 
-    tried = pattern_search(method.axes, lambda position: min(losses(position, first).values()), BUDGET)
-    finalists = sorted(tried, key=lambda position: tried[position])[:FINALISTS]
+    tried = pattern_search(method.axes, lambda position: min(losses(position, first).values()), budget)
+    last = sorted(tried, key=lambda position: tried[position])[:finalists]
     means = {
         (position, weights): (loss + method.losses(cells[position, first])[weights]) / 2
-        for position in finalists
+        for position in last
         for weights, loss in losses(position, second).items()
     }
     runs = [
@@ -238,7 +239,7 @@ def tune(trials: Trials, method: Method) -> Tuned:
         for weights in method.losses(cell)
     ]
     position, weights = min(means, key=lambda key: means[key])
-    return Tuned(runs, position, weights)
+    return Tuned(runs, tried, position, weights)
 
 
 def report(trials: Trials, method: Method, position: Position, weights: str) -> list[tuple[Cell, Run]]:

@@ -1,0 +1,257 @@
+"""Bias-corrected AdamW, Sophia-G and Shampoo against the same optimizers uncorrected, on clean and on noisy books."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from _collect import Bench
+from _passages import VOCABULARY
+from _tuning import Axis, Method, Position, Trials, Tuned, factors, report, steps, tune
+
+from lagless.experiments.report import Claim, Figure, Run
+
+STEPS, WARMUP, FOLDS = 120, 20, 4
+BUDGET, FINALISTS = 8, 2
+
+COMMON: dict[str, Any] = {
+    "model.config": {
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    },
+    "data.sequence_length": 64,
+    "method.schedule": {"kind": "cosine", "warmup_steps": WARMUP},
+    "training.max_steps": STEPS,
+    "training.batch_size": 8,
+    "training.micro_batch_size": 8 // FOLDS,
+    "training.evaluation_batch_size": 100,
+    "training.log_every": STEPS,
+    "training.save_every": STEPS,
+    "evaluation.sequences": 400,
+    "evaluation.every": STEPS,
+}
+NOISE = {"data.noise": {"sequences": 0.2, "least": 0.2, "most": 0.4, "block": 16, "seed": 123}}
+
+FLOOR = Axis("floor", "method.schedule.floor", steps(0.0, 0.2, 0.0, 0.8))
+LR, SOPHIA_LR = (Axis("lr", "training.learning_rate", factors(start, 2)) for start in (8e-3, 2e-3))
+
+
+def _adamw(cross_fit: str, correction: str) -> dict[str, Any]:
+    shared = {"betas": [0.9, 0.95], "weight_decay": 0.1}
+    if cross_fit == "none":
+        return {"method.optimizer": {"kind": "adamw", **shared}}
+    corrected = {"cross_fit": cross_fit, "inverse_correction": correction}
+    return {"method.optimizer": {"kind": "bias_corrected_adamw", **shared, **corrected}}
+
+
+def _sophia(cross_fit: str, correction: str, samples: int) -> dict[str, Any]:
+    """``samples`` are tokens: of a step where one estimate is made of it, of a microbatch for each of several."""
+    section = {"kind": "sophia", "weight_decay": 0.1, "rho": 0.05, "clip": 3.0, "hessian_freq": 5}
+    section |= {"cross_fit": cross_fit, "inverse_correction": correction, "batch_size": samples}
+    return {"method.optimizer": section}
+
+
+def _shampoo(cross_fit: str, correction: str) -> dict[str, Any]:
+    section = {"kind": "shampoo", "weight_decay": 0.1, "root_freq": 5}
+    return {"method.optimizer": section | {"cross_fit": cross_fit, "inverse_correction": correction}}
+
+
+ADAMW = Method("adamw", _adamw("none", "none"), (LR, FLOOR))
+LEAVE_ONE_OUT = Method("leave one out", _adamw("leave_one_out", "jackknife"), (LR, FLOOR))
+SPLIT = Method("split", _adamw("split", "pre_ema"), (LR, FLOOR))
+SOPHIA = Method("sophia", _sophia("none", "none", 8 * 64), (SOPHIA_LR, FLOOR))
+SOPHIA_SPLIT = Method("sophia, split", _sophia("split", "pre_ema", 8 * 64 // FOLDS), (SOPHIA_LR, FLOOR))
+SHAMPOO = Method("shampoo", _shampoo("none", "none"), (LR, FLOOR))
+SHAMPOO_SPLIT = Method("shampoo, split", _shampoo("split", "pre_ema"), (LR, FLOOR))
+
+
+def _variant(method: Method, name: str, changes: Mapping[str, Any]) -> Method:
+    return replace(method, name=f"{method.name}, {name}", changes={**method.changes, **changes})
+
+
+NOISY_ADAMW = _variant(ADAMW, "noisy text", NOISE)
+NOISY_LEAVE_ONE_OUT = _variant(LEAVE_ONE_OUT, "noisy text", NOISE)
+NO_CLIPPING: dict[str, Any] = {"training.max_grad_norm": 0.0}
+LONGER: dict[str, Any] = {"training.max_steps": STEPS * 6 // 5, "training.save_every": STEPS * 6 // 5}
+
+PAPER = "Nayak et al., arXiv 2605.20756"
+
+
+def _best(text: str, method: Method, baseline: Method, source: str, number: str | None) -> Claim:
+    """Each at its own best setting."""
+    return Claim(
+        text=text,
+        source=source,
+        number=number,
+        method=method.name,
+        baseline=baseline.name,
+        score="test/loss",
+        claimed=-1,
+        selected_by="valid/loss",
+    )
+
+
+BEST = (
+    _best(
+        "Leave-one-out AdamW with the jackknife beats AdamW",
+        LEAVE_ONE_OUT,
+        ADAMW,
+        f"{PAPER}, Table 2",
+        "4.6872 - 4.8361 = -0.1489, one seed, another rate and floor, two passes",
+    ),
+    _best(
+        "Leave-one-out AdamW with the jackknife beats AdamW on noisy text",
+        NOISY_LEAVE_ONE_OUT,
+        NOISY_ADAMW,
+        f"{PAPER}, Table 2",
+        "4.8034 - 4.8225 = -0.0191",
+    ),
+    _best(
+        "AdamW split in two folds, corrected, beats AdamW",
+        SPLIT,
+        ADAMW,
+        f"{PAPER}, the full method",
+        "5.285 - 4.836 = +0.449 (Table A.18)",
+    ),
+    _best(
+        "Sophia-G split in two folds, corrected, beats Sophia-G",
+        SOPHIA_SPLIT,
+        SOPHIA,
+        f"{PAPER}, Table 2",
+        "6.5946 - 6.6647 = -0.0701",
+    ),
+    _best(
+        "Shampoo split in two folds, corrected, beats Shampoo",
+        SHAMPOO_SPLIT,
+        SHAMPOO,
+        f"{PAPER}, Table 2",
+        "5.6813 - 5.7916 = -0.1103",
+    ),
+)
+# Text, method, baseline, whose chosen setting both have, changes of the method and of the baseline.
+MATCHED = (
+    (
+        "Leave-one-out AdamW beats AdamW at AdamW's best rate and floor",
+        LEAVE_ONE_OUT,
+        ADAMW,
+    ),
+    (
+        "Leave-one-out AdamW beats AdamW at AdamW's best rate and floor, both without clipping",
+        _variant(LEAVE_ONE_OUT, "no clipping", NO_CLIPPING),
+        _variant(ADAMW, "no clipping", NO_CLIPPING),
+    ),
+    (
+        "Leave-one-out AdamW beats AdamW with a fifth more steps, for the time that it takes, at AdamW's best",
+        LEAVE_ONE_OUT,
+        _variant(ADAMW, "longer", LONGER),
+    ),
+    (
+        "Leave-one-out AdamW beats AdamW on noisy text at AdamW's best rate and floor there",
+        NOISY_LEAVE_ONE_OUT,
+        NOISY_ADAMW,
+    ),
+    (
+        "AdamW split in two folds beats AdamW at AdamW's best rate and floor",
+        SPLIT,
+        ADAMW,
+    ),
+)
+# The published runs differ by 1.5 in the rate and 0.2 in the floor; here √2, the next point of the grid.
+PUBLISHED = (
+    (
+        "Leave-one-out AdamW at √2 of AdamW's best rate without a floor, and a floor of 0.2, beats AdamW without",
+        LEAVE_ONE_OUT,
+    ),
+    (
+        "AdamW at √2 of its best rate without a floor, and a floor of 0.2, beats AdamW without",
+        ADAMW,
+    ),
+)
+
+
+def _at(text: str, method: Method, at: Position, baseline: Method, baseline_at: Position, source: str) -> Claim:
+    return Claim(
+        text=text,
+        source=source,
+        method=method.name,
+        baseline=baseline.name,
+        score="test/loss",
+        claimed=-1,
+        at=dict(method.settings(at)[0]),
+        baseline_at=dict(baseline.settings(baseline_at)[0]),
+    )
+
+
+def _comparisons(tuned: Mapping[str, Tuned]) -> Iterator[tuple[str, Method, Position, Method, Position, str]]:
+    """Those at given settings, in the order in which they matter."""
+    for text, method, baseline in MATCHED:
+        position = tuned[(NOISY_ADAMW if baseline is NOISY_ADAMW else ADAMW).name].position
+        yield text, method, position, baseline, position, "ours: matched"
+    lr = _best_without_floor(tuned[ADAMW.name])
+    for text, method in PUBLISHED:
+        yield text, method, (lr + 2, 4), ADAMW, (lr, 0), f"{PAPER}: its settings"
+
+
+def _best_without_floor(tuned: Tuned) -> int:
+    losses = {position[0]: loss for position, loss in tuned.tried.items() if position[1] == 0}
+    return min(losses, key=lambda lr: losses[lr])
+
+
+def main() -> None:
+    """Run what is missing and write the results."""
+    bench = Bench("bias-correction")
+    trials = Trials(bench, "bias-pretrain-small", COMMON)
+    methods = (
+        ADAMW,
+        LEAVE_ONE_OUT,
+        NOISY_ADAMW,
+        NOISY_LEAVE_ONE_OUT,
+        SPLIT,
+        SOPHIA,
+        SOPHIA_SPLIT,
+        SHAMPOO,
+        SHAMPOO_SPLIT,
+    )
+    tuned: dict[str, Tuned] = {}
+    reported: dict[tuple[str, Position], list[Run]] = {}
+
+    def run(method: Method, position: Position) -> None:
+        if (method.name, position) not in reported:
+            reported[method.name, position] = [run for _, run in report(trials, method, position, "live")]
+
+    for method in methods:
+        tuned[method.name] = tune(trials, method, BUDGET, FINALISTS)
+        run(method, tuned[method.name].position)
+    claims = list(BEST)
+    for text, method, at, baseline, baseline_at, source in _comparisons(tuned):
+        run(method, at)
+        run(baseline, baseline_at)
+        claims.append(_at(text, method, at, baseline, baseline_at, source))
+    bench.save(
+        trials.seconds,
+        title="Bias-corrected optimizers against the same ones uncorrected, matched",
+        question="Does correcting the biases of the preconditioner lower the loss, at the same tuning, rate, floor, "
+        "clipping and time?",
+        scale=f"Llama with 2 layers of width 64 and {VOCABULARY} tokens, books, {STEPS} steps of 8 sequences of 64 "
+        f"tokens in {FOLDS} microbatches, float32, warm-up of {WARMUP} steps, cosine decay",
+        claims=claims,
+        figures=[
+            Figure(
+                kind="curves",
+                caption="Validation loss at the settings chosen",
+                score="valid/loss",
+                methods=[method.name for method in methods],
+            ),
+        ],
+        runs=[run for found in tuned.values() for run in found.runs]
+        + [run for runs in reported.values() for run in runs],
+    )
+
+
+if __name__ == "__main__":
+    main()
