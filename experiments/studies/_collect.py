@@ -8,7 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Bench:
         commands: as they were run, with ``$DATA`` and ``$WORK`` for the folders.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, script: str) -> None:
         parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
         parser.add_argument("--data", type=Path, default=os.environ.get("DATA"), help="folder of data; or $DATA")
         parser.add_argument(
@@ -42,7 +42,7 @@ class Bench:
             parser.error("give --data FOLDER, or set DATA; experiments/README.md says what it holds")
         self.name, self.data, self.work = name, Path(given.data).resolve(), Path(given.work).resolve() / name
         self.work.mkdir(parents=True, exist_ok=True)
-        self.commands = [f"python experiments/studies/{name.replace('-', '_')}.py --data $DATA --work $WORK"]
+        self.commands = [f"python experiments/studies/{Path(script).name} --data $DATA --work $WORK"]
 
     def lagless(self, *arguments: str) -> None:
         """Run a command of the product, and remember it."""
@@ -97,11 +97,15 @@ def seconds_of(cells: Sequence[Cell]) -> float:
     return sum((cell.result or {})["seconds"] for cell in cells)
 
 
-def once(path: Path, compute: Any) -> Any:
+def once(path: Path, compute: Callable[[], Any]) -> Any:
     """The JSON in ``path``; computed and written there if it is missing."""
     if not path.is_file():
-        found = compute()
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(found), encoding="utf-8")
-        os.replace(partial, path)
+        store(path, compute())
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def store(path: Path, content: Any) -> None:
+    """Write JSON, complete or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(partial, path)
