@@ -23,7 +23,7 @@ from lagless.experiments.evaluation import Sequences, held_out_sequences, sequen
 from lagless.experiments.report import Run
 from lagless.experiments.sweep import Cell, sweep, sweep_cells
 
-BUDGET, FINALISTS = 16, 3
+BUDGET, FINALISTS = 12, 2
 TUNING_SEEDS, REPORTING_SEEDS = (100, 101), (0, 1, 2, 3, 4)
 
 TEST_SEQUENCES = 1000
@@ -244,7 +244,7 @@ def tune(trials: Trials, method: Method, budget: int = BUDGET, finalists: int = 
 
 def report(trials: Trials, method: Method, position: Position, weights: str) -> list[tuple[Cell, Run]]:
     """A setting on the reporting seeds, with the loss on text by which nothing was chosen."""
-    changes = {**method.changes, "evaluation.every": trials.common["training.max_steps"] // 3}
+    changes = {**method.changes, "evaluation.every": trials.common["training.max_steps"] // 2}
     arguments = f"{method.place}-reporting", changes, method.settings(position)[1], REPORTING_SEEDS
     trials.bench.commands.append(trials.command(*arguments))
     found = []

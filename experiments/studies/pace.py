@@ -17,7 +17,7 @@ from lagless.experiments.training._optimizer import schedule_factor
 CLAMPED = 1e12  # a pullback that clamps every gain
 KAPPAS = tuple(i / 10 for i in range(2, 10))
 WARMUP = 20
-STEPS = 300
+STEPS = 200
 
 COMMON: dict[str, Any] = {
     "model.config": {
