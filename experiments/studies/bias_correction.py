@@ -190,7 +190,7 @@ def _best_without_floor(tuned: Tuned) -> int:
 
 def main() -> None:
     """Run what is missing and write the results."""
-    bench = Bench("bias-correction")
+    bench = Bench("bias-correction", __file__)
     trials = Trials(bench, "bias-pretrain-small", COMMON)
     methods = (ADAMW, LEAVE_ONE_OUT, SPLIT, SOPHIA, SOPHIA_SPLIT, SHAMPOO, SHAMPOO_SPLIT)
     tuned: dict[str, Tuned] = {}

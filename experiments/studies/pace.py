@@ -167,7 +167,7 @@ def _clamped(cell: Cell) -> float:
 
 def main() -> None:
     """Run what is missing and write the results."""
-    bench = Bench("pace")
+    bench = Bench("pace", __file__)
     trials = Trials(bench, "pace-pretrain-small", COMMON)
     runs, notes = [], []
     for method in METHODS:
