@@ -18,7 +18,7 @@ from lagless.experiments.report import (
     save_study,
     write_reports,
 )
-from lagless.experiments.report._figures import _table
+from lagless.experiments.report._figures import _best, _table
 from lagless.experiments.statistics import Verdict, paired_difference
 
 EFFECT, SEEDS = {"ema": 0.0, "bema": -0.3, "dema": 0.3, "ouema": 0.0}, range(5)
@@ -176,6 +176,15 @@ def test_figures_hold_settings_fixed():
 
     assert np.array_equal(shown(better + worse, {"lr": 1}), shown(worse, {}))
     assert np.array_equal(shown(better + worse, {"lr": 2}), shown(better, {}))
+
+
+def test_curves_are_of_the_setting_that_another_score_chooses():
+    whole = study()
+    figure = Figure(kind="curves", caption="", score="test/loss", methods=["bema"])
+    by_test, by_valid = (
+        _best(whole, figure.model_copy(update={"selected_by": s}), "bema") for s in (None, "valid/loss")
+    )
+    assert by_test[0].setting["kappa"] == 0.2 and by_valid[0].setting["kappa"] == 0.5
 
 
 def test_a_study_survives_its_file(tmp_path):

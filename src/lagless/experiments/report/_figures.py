@@ -29,7 +29,7 @@ def draw(study: Study, figure: Figure) -> bytes:
 def _curves(canvas: Canvas, study: Study, figure: Figure) -> None:
     axes = canvas.subplots()
     for i, method in enumerate(figure.methods):
-        runs = best_setting(settings_of(study.runs, method, figure.at), figure.score)
+        runs = _best(study, figure, method)
         curves = [np.asarray(run.curves[figure.score], dtype=float) for run in runs if figure.score in run.curves]
         if not curves:
             raise ValueError(f"{study.name}: the chosen runs of {method!r} have no curve of {figure.score!r}.")
@@ -86,8 +86,11 @@ def _table(study: Study, figure: Figure, method: str) -> tuple[list[str], list[s
 def _reference(study: Study, figure: Figure) -> dict[int, float]:
     if figure.minus is None:
         return {}
-    runs: list[Run] = best_setting(settings_of(study.runs, figure.minus, figure.at), figure.score)
-    return {run.seed: score_of(run, figure.score) for run in runs}
+    return {run.seed: score_of(run, figure.score) for run in _best(study, figure, figure.minus)}
+
+
+def _best(study: Study, figure: Figure, method: str) -> list[Run]:
+    return best_setting(settings_of(study.runs, method, figure.at), figure.selected_by or figure.score)
 
 
 def _order(value: object) -> tuple[bool, float, str]:

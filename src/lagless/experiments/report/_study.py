@@ -58,7 +58,11 @@ class Figure(_Record):
     caption: str
     score: str
     at: Setting = Field(default={}, description="hyperparameters held fixed")
-    methods: list[str] = Field(description="curves: one line each, at the setting with the smallest final score")
+    methods: list[str] = Field(description="curves: one line each, at the chosen setting; maps: one panel each")
+    selected_by: str | None = Field(
+        default=None,
+        description="score by which a method's setting is chosen (smallest mean over seeds); null: `score`",
+    )
     x: str | None = Field(default=None, description="map: hyperparameter along x")
     y: str | None = Field(default=None, description="map: hyperparameter along y")
     minus: str | None = Field(default=None, description="map: the method that is subtracted, seed by seed")
