@@ -7,6 +7,7 @@ has the same number of settings to choose from.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lagless.rules import BEMA, DEMA, EMA, OUEMA, Rule
 
 VALID, TEST = "valid/loss", "test/loss"
 PAPER = "Block and Zhang, arXiv 2508.00180"
-FIGURE_ONLY = "shown in figures only"
+FIGURE_ONLY = "in figures only"
 
 LAG = 10
 ETAS = (0.1, 0.2, 0.4, 0.8)
@@ -81,6 +82,60 @@ def losses(
     return {name: {int(step): value for step, value in by_step.items()} for name, by_step in known.items()}
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A run of the study: the average of a training run by one rule, or its live weights."""
+
+    run: Run
+    name: str
+    rule: Rule | None
+    cell: Cell
+
+
+def validated(
+    cells: Sequence[tuple[str, Cell]],
+    methods: Mapping[str, Sequence[str]],
+    frequencies: Sequence[int],
+    sequences: Sequences,
+) -> list[Entry]:
+    """Every setting of every training run, with its validation loss.
+
+    Args:
+        cells: learning-rate schedule and finished training run.
+        methods: schedule → rules to average by.
+        frequencies: φ.
+        sequences: for validation.
+    """
+    found: list[Entry] = []
+    for schedule, cell in cells:
+        grid = settings(frequencies, methods[schedule])
+        valid = losses(cell, "valid", sequences, {name: rule for name, (_, _, rule) in grid.items()})
+        for name, (method, setting, rule) in {LIVE: (LIVE, {}, None), **grid}.items():
+            run = Run(
+                method=method,
+                setting={**setting, "schedule": schedule},
+                seed=cell.seed,
+                scores={VALID: max(valid[name].items())[1]},
+            )
+            found.append(Entry(run, name, rule, cell))
+        print(f"{cell.folder.name}: {len(grid) + 1} settings on validation", flush=True)
+    return found
+
+
+def compared(entries: Sequence[Entry], claims: Sequence[Claim]) -> list[tuple[Cell, list[Entry]]]:
+    """By training run, the entries that claims compare."""
+    plan = Study(
+        name="plan", title="", question="", scale="", claims=list(claims), runs=[entry.run for entry in entries],
+        commands=[], commit=None, machine={}, seconds=0.0,
+    )  # fmt: skip
+    chosen = {id(run) for run in chosen_runs(plan)}
+    found: dict[str, tuple[Cell, list[Entry]]] = {}
+    for entry in entries:
+        if id(entry.run) in chosen:
+            found.setdefault(str(entry.cell.folder), (entry.cell, []))[1].append(entry)
+    return list(found.values())
+
+
 def averages_study(
     cells: Sequence[tuple[str, Cell]],
     methods: Mapping[str, Sequence[str]],
@@ -89,58 +144,35 @@ def averages_study(
     valid: tuple[str, int],
     test: tuple[str, int],
     length: int,
-    curves: tuple[str, int],
+    curves: int,
 ) -> list[Run]:
-    """The runs of a study, with validation scores of all settings and test scores of those that claims compare.
+    """The runs of a study, with validation losses of all settings and test losses of those that claims compare.
 
     Args:
-        cells: learning-rate schedule and finished run.
+        cells: learning-rate schedule and finished training run.
         methods: schedule → rules to average by.
         frequencies: φ.
         claims: of the study; they decide which settings are tested.
         valid: file of held-out data, and how many sequences of it.
         test: likewise.
         length: tokens of a sequence.
-        curves: a schedule, and every how many steps its compared averages are evaluated for the curves.
+        curves: steps between the points of the curves, which are drawn at a constant rate.
     """
     tokenizer = load_tokenizer(find_checkpoints(cells[0][1].folder).checkpoints[-1].folder)
     on_valid, on_test = (
         held_out_sequences(file, tokenizer, length=length, count=count) for file, count in (valid, test)
     )
-    runs: dict[str, tuple[Run, str, Cell]] = {}
-    rules: dict[str, Rule] = {}
-    for schedule, cell in cells:
-        grid = settings(frequencies, methods[schedule])
-        rules |= {name: rule for name, (_, _, rule) in grid.items()}
-        named = {LIVE: (LIVE, {}), **{name: (method, setting) for name, (method, setting, _) in grid.items()}}
-        found = losses(cell, "valid", on_valid, {name: rule for name, (_, _, rule) in grid.items()})
-        for name, (method, setting) in named.items():
-            run = Run(
-                method=method,
-                setting={**setting, "schedule": schedule},
-                seed=cell.seed,
-                scores={VALID: max(found[name].items())[1]},
-            )
-            runs[f"{name} {schedule} {cell.seed}"] = (run, name, cell)
-        print(f"{cell.folder.name}: {len(named)} settings on validation", flush=True)
-    plan = Study(
-        name="plan", title="", question="", scale="", claims=list(claims), runs=[run for run, _, _ in runs.values()],
-        commands=[], commit=None, machine={}, seconds=0.0,
-    )  # fmt: skip
-    chosen = chosen_runs(plan)
-    compared = {key for key, (run, _, _) in runs.items() if any(run is one for one in chosen)}
-    for schedule, cell in cells:
-        mine = {key: runs[key] for key in compared if runs[key][2] is cell}
-        wanted = {name: rules[name] for _, name, _ in mine.values() if name != LIVE}
-        tested = losses(cell, "test", on_test, wanted)
-        drawn = {}
-        if schedule == curves[0]:
-            steps = [step for step in find_checkpoints(cell.folder).steps if step and step % curves[1] == 0]
-            drawn = losses(cell, "curves", on_valid, wanted, steps)
-        for run, name, _ in mine.values():
-            run.scores = {**(run.scores or {}), TEST: max(tested[name].items())[1]}
-            run.curves = {VALID: sorted(drawn[name].items())} if drawn else {}
-    return [run for run, _, _ in runs.values()]
+    entries = validated(cells, methods, frequencies, on_valid)
+    for cell, chosen in compared(entries, claims):
+        rules = {entry.name: entry.rule for entry in chosen if entry.rule is not None}
+        tested, drawn = losses(cell, "test", on_test, rules), {}
+        if chosen[0].run.setting["schedule"] == "constant":
+            steps = [step for step in find_checkpoints(cell.folder).steps if step and step % curves == 0]
+            drawn = losses(cell, "curves", on_valid, rules, steps)
+        for entry in chosen:
+            entry.run.scores = {**(entry.run.scores or {}), TEST: max(tested[entry.name].items())[1]}
+            entry.run.curves = {VALID: sorted(drawn[entry.name].items())} if drawn else {}
+    return [entry.run for entry in entries]
 
 
 def claim(

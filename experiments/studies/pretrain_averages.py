@@ -57,7 +57,7 @@ def main() -> None:
         (files["data.validation_path"], 40),
         (str(bench.work / "passages" / "test.jsonl.gz"), 160),
         128,
-        ("constant", 30),
+        30,
     )
     bench.save(
         seconds_of(cells),

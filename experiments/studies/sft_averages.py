@@ -90,7 +90,7 @@ def main() -> None:
             (str(files["valid"]), valid),
             (str(files["test"]), test),
             length,
-            ("constant", 30),
+            30,
         )
         bench.save(
             seconds_of(cells),
