@@ -85,8 +85,8 @@ METHODS = (
     Method("adamw, ema", WITH_EMAS, (LR,), EMAS, folder="adamw"),
     Method("adamw, cosine", _adamw(_schedule("cosine")), (LR,)),
     Method("adamw, wsd", _adamw(_schedule("wsd", decay=0.2)), (LR, DECAY)),
-    Method("pace, wsd", _pace(_schedule("wsd", decay=0.2)), (LR, PULLBACK, KAPPA)),
     Method("schedule-free adamw", SCHEDULE_FREE, (LR, BETA1)),
+    Method("pace, wsd", _pace(_schedule("wsd", decay=0.2)), (LR, PULLBACK, KAPPA)),
 )
 
 PAPER = "Au and Block, arXiv 2606.25086"
