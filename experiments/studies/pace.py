@@ -145,6 +145,15 @@ CLAIMS = [
         "pace always clamped",
         f"{PAPER}: clamping is generally not enforced",
     ),
+    *(
+        _claim(f"PACE always clamped beats {words}", "pace always clamped", baseline, "ours: PACE without c to search")
+        for words, baseline in (
+            ("an EMA beside AdamW", "adamw, ema"),
+            ("AdamW with cosine decay", "adamw, cosine"),
+            ("AdamW with warm-up, stable, decay", "adamw, wsd"),
+            ("schedule-free AdamW", "schedule-free adamw"),
+        )
+    ),
 ]
 
 
