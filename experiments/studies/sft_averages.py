@@ -56,19 +56,19 @@ def main() -> None:
             "experiments/studies/text.yaml",
             lambda data: plays(data / "corpus" / "tinyshakespeare.txt"),
             {},
-            128,
-            "stories260K (260K parameters) on tinyshakespeare, 300 steps of 8 sequences of 128 tokens (0.8 of the "
-            "training passages), AdamW 1e-3; 40 validation and 160 test sequences",
+            64,
+            "stories260K (260K parameters) on tinyshakespeare, 300 steps of 8 sequences of 64 tokens (a third of "
+            "the training passages), AdamW 1e-3; 40 validation and 160 test sequences",
         ),
         (
             "sft-averages-instructions",
             "Averages beside fine-tuning on instructions",
             "bema-sft-small",
             lambda data: instructions(data / "instruct" / "dolly_open_qa.jsonl.gz"),
-            {"data.max_length": "160"},
-            160,
-            "stories260K (260K parameters) on dolly's open_qa, 300 steps of 8 conversations of at most 160 tokens "
-            "(one pass), AdamW 1e-3; loss of the replies in 60 validation and 200 test conversations",
+            {"data.max_length": "96"},
+            96,
+            "stories260K (260K parameters) on dolly's open_qa, 300 steps of 8 conversations of at most 96 tokens, "
+            "AdamW 1e-3; loss of the replies in 60 validation and 120 test conversations",
         ),
     ):
         bench = Bench(name, __file__)
@@ -81,7 +81,7 @@ def main() -> None:
         named = {text: schedule for schedule, text in SCHEDULES.items()}
         by_schedule = [(named[cell.values["method.schedule"]], cell) for cell in cells]
         claims = paper_claims(PHIS[0], "linear")
-        valid, test = (40, 160) if name == "sft-averages-text" else (60, 200)
+        valid, test = (40, 160) if name == "sft-averages-text" else (60, 120)
         runs = averages_study(
             by_schedule,
             METHODS,
