@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,22 @@ class Bench:
         self.work.mkdir(parents=True, exist_ok=True)
         self.commands = [f"python experiments/studies/{Path(script).name} --data $DATA --work $WORK"]
 
-    def lagless(self, *arguments: str) -> None:
-        """Run a command of the product, and remember it."""
+    def lagless(self, *arguments: str, made: Path | None = None) -> float:
+        """Run a command of the product, and remember it; the seconds that it took.
+
+        Args:
+            arguments: of the command.
+            made: a file that it writes; a command whose file is there is not run again.
+        """
+
+        def run() -> float:
+            print(self.commands[-1], flush=True)
+            begun = time.monotonic()
+            subprocess.run([sys.executable, "-m", "lagless", *arguments], cwd=ROOT, check=True)
+            return time.monotonic() - begun
+
         self.commands.append(self.shown("lagless", *arguments))
-        print(self.commands[-1], flush=True)
-        subprocess.run([sys.executable, "-m", "lagless", *arguments], cwd=ROOT, check=True)
+        return run() if made is None else once(made.with_suffix(".seconds"), run)
 
     def sweep(
         self,
@@ -80,7 +92,7 @@ class Bench:
     def shown(self, *arguments: str) -> str:
         """A command with ``$DATA`` and ``$WORK`` in place of the folders."""
         text = shlex.join(arguments)
-        return text.replace(str(self.work), f"$WORK/{self.name}").replace(str(self.data), "$DATA")
+        return text.replace(str(self.work.parent), "$WORK").replace(str(self.data), "$DATA")
 
     def save(self, seconds: float, **parts: Any) -> None:
         """Write the study into ``experiments/results``."""
