@@ -23,7 +23,7 @@ from lagless.experiments.evaluation import Sequences, held_out_sequences, sequen
 from lagless.experiments.report import Run
 from lagless.experiments.sweep import Cell, sweep, sweep_cells
 
-BUDGET, FINALISTS = 12, 2
+BUDGET, FINALISTS = 16, 2
 TUNING_SEEDS, REPORTING_SEEDS = (100, 101), (0, 1, 2, 3, 4)
 
 TEST_SEQUENCES = 1000
