@@ -23,7 +23,7 @@ from lagless.experiments.evaluation import Sequences, held_out_sequences, sequen
 from lagless.experiments.report import Run
 from lagless.experiments.sweep import Cell, sweep, sweep_cells
 
-BUDGET, FINALISTS = 16, 2
+BUDGET, FINALISTS = 12, 2
 TUNING_SEEDS, REPORTING_SEEDS = (100, 101), (0, 1, 2, 3, 4)
 
 TEST_SEQUENCES = 1000
@@ -169,6 +169,7 @@ class Method:
         averages: of the recipe's averages, those one of which is returned → what that adds to the setting; every run
             has them all, so that choosing among them costs no run.
         folder: of the runs; the same for methods that return different weights of the same runs.
+        limits: names of methods that this one contains → what to add to their settings: it may choose them too.
     """
 
     name: str
@@ -176,6 +177,7 @@ class Method:
     axes: tuple[Axis, ...]
     averages: Mapping[str, Setting] = field(default_factory=dict)
     folder: str | None = None
+    limits: Mapping[str, Setting] = field(default_factory=dict)
 
     @property
     def place(self) -> str:
@@ -214,6 +216,7 @@ class Tuned:
     tried: dict[Position, float]  # on the first tuning seed
     position: Position
     weights: str
+    loss: float  # of the choice, the mean over the tuning seeds
 
 
 def tune(trials: Trials, method: Method, budget: int = BUDGET, finalists: int = FINALISTS) -> Tuned:
@@ -239,7 +242,7 @@ def tune(trials: Trials, method: Method, budget: int = BUDGET, finalists: int = 
         for weights in method.losses(cell)
     ]
     position, weights = min(means, key=lambda key: means[key])
-    return Tuned(runs, tried, position, weights)
+    return Tuned(runs, tried, position, weights, means[position, weights])
 
 
 def report(trials: Trials, method: Method, position: Position, weights: str) -> list[tuple[Cell, Run]]:
@@ -253,6 +256,21 @@ def report(trials: Trials, method: Method, position: Position, weights: str) -> 
         curves = {"valid/loss": _curve(cell, weights)}
         found.append((cell, method.run_of(cell, position, weights, scores=scores, curves=curves)))
     return found
+
+
+def with_limits(method: Method, tuned: Mapping[str, Tuned], reported: Mapping[str, list[Run]]) -> list[Run]:
+    """All runs of a method: its own, and those of the methods that it contains, under its name.
+
+    Of those, the ones on reporting seeds only where the setting is the best of all.
+    """
+
+    def own(runs: Sequence[Run], extra: Setting) -> list[Run]:
+        return [run.model_copy(update={"method": method.name, "setting": {**run.setting, **extra}}) for run in runs]
+
+    choices = {method.name: Setting(), **method.limits}
+    best = min(choices, key=lambda name: tuned[name].loss)
+    tuning = [run for name, extra in choices.items() for run in own(tuned[name].runs, extra)]
+    return [*tuning, *own(reported[best], choices[best])]
 
 
 def _curve(cell: Cell, weights: str) -> list[tuple[float, float]]:
