@@ -103,6 +103,6 @@ if __name__ == "__main__":
         64,
         (40, 160),
         "Averages beside fine-tuning on plays",
-        "stories260K (260K parameters) on tinyshakespeare, 300 steps of 8 sequences of 64 tokens (a third of the training "
-        "passages), AdamW 1e-3; 40 validation and 160 test sequences",
+        "stories260K (260K parameters) on tinyshakespeare, 300 steps of 8 sequences of 64 tokens (a third of the "
+        "training passages), AdamW 1e-3; 40 validation and 160 test sequences",
     )

@@ -28,6 +28,6 @@ if __name__ == "__main__":
         96,
         (60, 120),
         "Averages beside fine-tuning on instructions",
-        "stories260K (260K parameters) on dolly's open_qa, 300 steps of 8 conversations of at most 96 tokens, AdamW 1e-3; "
-        "loss of the replies in 60 validation and 120 test conversations",
+        "stories260K (260K parameters) on dolly's open_qa, 300 steps of 8 conversations of at most 96 tokens, "
+        "AdamW 1e-3; loss of the replies in 60 validation and 120 test conversations",
     )

@@ -14,7 +14,7 @@ from _collect import SEEDS, Bench
 from lagless.experiments.report import Claim, Run
 
 SEQUENCES = 100
-RUNS = {"plays": ("sft-averages-text", 64), "instructions": ("sft-averages-instructions", 96)}
+RUNS = {"plays": ("sft-averages-text", 64)}
 NAMES = {"live": "live", "bema": "default bema", "ema": "default ema", "best": "tuned"}
 
 
