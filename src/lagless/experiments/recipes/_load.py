@@ -138,7 +138,7 @@ def _read(name: str | Path) -> dict[str, Any]:
 
 
 def _merged(base: Any, changes: Any) -> Any:
-    if not isinstance(base, dict) or not isinstance(changes, dict):
+    if not isinstance(base, dict) or not isinstance(changes, dict) or not changes:  # nothing is left of it by {}
         return changes
     if changes.get("kind", base.get("kind")) != base.get("kind"):  # another kind of section, with fields of its own
         return changes
