@@ -76,7 +76,7 @@ class Bench:
             recipe: a name, or a file relative to the repository.
             folder: in ``work``.
             changes: dotted field → value as ``--set`` takes it, for all runs.
-            grid: dotted field → values.
+            grid: dotted field → values; by default that of the recipe.
             seeds: of every combination.
         """
         sets = [f"{field}={value}" for field, value in changes.items()]
@@ -87,7 +87,7 @@ class Bench:
         self.lagless(*arguments)
         name = ROOT / recipe if recipe.endswith(".yaml") else recipe
         overrides = dict(parse_override(change) for change in sets)
-        return sweep_cells(name, self.work / folder, overrides, parse_grid(grids) or {}, seeds)
+        return sweep_cells(name, self.work / folder, overrides, parse_grid(grids) or None, seeds)
 
     def shown(self, *arguments: str) -> str:
         """A command with ``$DATA`` and ``$WORK`` in place of the folders."""
