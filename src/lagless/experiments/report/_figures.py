@@ -38,7 +38,7 @@ def _curves(canvas: Canvas, study: Study, figure: Figure) -> None:
         axes.plot(steps, centre, label=f"{method} (n = {len(values)})", color=_COLOURS[i % 10])
         axes.fill_between(steps, centre - 2 * spread, centre + 2 * spread, color=_COLOURS[i % 10], alpha=0.2, lw=0)
     axes.set(xlabel="optimizer step", ylabel=figure.score)
-    axes.legend(frameon=False)
+    canvas.legend(loc="outside right center", frameon=False)
 
 
 def _map(canvas: Canvas, study: Study, figure: Figure) -> None:
