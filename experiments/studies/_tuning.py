@@ -129,7 +129,8 @@ class Trials:
         arguments = ["lagless", "sweep", self.recipe, "--out", str(self.bench.work / folder)]
         arguments += [part for each in sets for part in ("--set", each)]
         arguments += [part for each in setting.items() for part in ("--grid", "=".join(each))]
-        return self.bench.shown(*arguments, "--seeds", ",".join(map(str, seeds)))
+        shown = self.bench.shown(*arguments, "--seeds", ",".join(map(str, seeds)))
+        return shown.replace(str(self.bench.work.parent), "$WORK")  # the passages
 
     @property
     def seconds(self) -> float:
@@ -169,7 +170,6 @@ class Method:
         averages: of the recipe's averages, those one of which is returned → what that adds to the setting; every run
             has them all, so that choosing among them costs no run.
         folder: of the runs; the same for methods that return different weights of the same runs.
-        limits: names of methods that this one contains → what to add to their settings: it may choose them too.
     """
 
     name: str
@@ -177,7 +177,6 @@ class Method:
     axes: tuple[Axis, ...]
     averages: Mapping[str, Setting] = field(default_factory=dict)
     folder: str | None = None
-    limits: Mapping[str, Setting] = field(default_factory=dict)
 
     @property
     def place(self) -> str:
@@ -258,19 +257,24 @@ def report(trials: Trials, method: Method, position: Position, weights: str) -> 
     return found
 
 
-def with_limits(method: Method, tuned: Mapping[str, Tuned], reported: Mapping[str, list[Run]]) -> list[Run]:
-    """All runs of a method: its own, and those of the methods that it contains, under its name.
+def best_of(
+    name: str, methods: Mapping[str, Setting], tuned: Mapping[str, Tuned], reported: Mapping[str, list[Run]]
+) -> list[Run]:
+    """The runs of a method that contains others as limits, and chooses among all of their settings; no run is new.
 
-    Of those, the ones on reporting seeds only where the setting is the best of all.
+    Args:
+        name: of the method.
+        methods: names of those that it contains → what makes their settings those of this method.
+        tuned: what their searches found.
+        reported: their runs on the reporting seeds, of which those of the best one are taken.
     """
 
     def own(runs: Sequence[Run], extra: Setting) -> list[Run]:
-        return [run.model_copy(update={"method": method.name, "setting": {**run.setting, **extra}}) for run in runs]
+        return [run.model_copy(update={"method": name, "setting": {**run.setting, **extra}}) for run in runs]
 
-    choices = {method.name: Setting(), **method.limits}
-    best = min(choices, key=lambda name: tuned[name].loss)
-    tuning = [run for name, extra in choices.items() for run in own(tuned[name].runs, extra)]
-    return [*tuning, *own(reported[best], choices[best])]
+    best = min(methods, key=lambda each: tuned[each].loss)
+    tuning = [run for each, extra in methods.items() for run in own(tuned[each].runs, extra)]
+    return [*tuning, *own(reported[best], methods[best])]
 
 
 def _curve(cell: Cell, weights: str) -> list[tuple[float, float]]:

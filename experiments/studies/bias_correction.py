@@ -37,7 +37,7 @@ COMMON: dict[str, Any] = {
 }
 NOISE = {"data.noise": {"sequences": 0.2, "least": 0.2, "most": 0.4, "block": 16, "seed": 123}}
 
-LR, SOPHIA_LR = (Axis("lr", "training.learning_rate", factors(start, 2)) for start in (8e-3, 2e-3))
+LR, SOPHIA_LR = (Axis("lr", "training.learning_rate", factors(start, 2)) for start in (4e-3, 1e-3))
 
 
 def _adamw(cross_fit: str, correction: str) -> dict[str, Any]:
