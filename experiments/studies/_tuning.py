@@ -105,7 +105,11 @@ class Trials:
 
     def __init__(self, bench: Bench, recipe: str, common: Mapping[str, Any]) -> None:
         self.bench, self.recipe = bench, recipe
-        self.common = {**common, **prepare(bench.data, bench.work.parent / "passages")}
+        fields = prepare(bench.data, bench.work.parent / "passages")
+        self.tokenizer = fields["model.tokenizer"]
+        if "model" in common:  # one that exists has its own tokenizer
+            del fields["model.tokenizer"]
+        self.common = {**common, **fields}
         self.cells: dict[Path, Cell] = {}
 
     def run(
@@ -139,7 +143,7 @@ class Trials:
 
     @cached_property
     def _test(self) -> Sequences:
-        tokenizer = AutoTokenizer.from_pretrained(self.common["model.tokenizer"])
+        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
         data = str(self.bench.work.parent / "passages" / "test.jsonl.gz")
         return held_out_sequences(data, tokenizer, length=self.common["data.sequence_length"], count=TEST_SEQUENCES)
 
