@@ -154,13 +154,13 @@ MATCHED = (
         _variant(ADAMW, "longer", LONGER),
         "ours: matched",
     ),
-    ("AdamW split in two folds beats AdamW at AdamW's best rate", SPLIT, ADAMW, "ours: matched"),
     (
         "Leave-one-out AdamW beats AdamW at AdamW's best rate, both without clipping",
         _variant(LEAVE_ONE_OUT, "no clipping", NO_CLIPPING),
         _variant(ADAMW, "no clipping", NO_CLIPPING),
         "ours: matched",
     ),
+    ("AdamW split in two folds beats AdamW at AdamW's best rate", SPLIT, ADAMW, "ours: matched"),
 )
 # The published runs differ by 1.5 in the rate and by 0.2 in the floor; here √2 in the rate, a point of the grid.
 FLOOR = {"method.schedule": {"kind": "cosine", "warmup_steps": WARMUP, "floor": 0.2}}
@@ -193,18 +193,18 @@ def main() -> None:
     [start] = Trials(bench, recipe, START).run("start", {}, {"training.learning_rate": "0.002"}, [7])
     model = {"kind": "pretrained", "path": str(start.folder / f"checkpoint-{START_STEPS}")}
     trials = Trials(bench, recipe, COMMON | {"model": model})
-    methods = (ADAMW, LEAVE_ONE_OUT, SOPHIA, SOPHIA_SPLIT, SHAMPOO, SHAMPOO_SPLIT, SPLIT)
-    tuned = {}
-    reported: dict[tuple[str, Position], list[Run]] = {}
+    tuned, reported, claims = {}, {}, list(BEST)
+
+    def choose(method: Method) -> None:
+        tuned[method.name] = tune(trials, method, BUDGET, FINALISTS)
+        run(method, tuned[method.name].position)
 
     def run(method: Method, position: Position) -> None:
         if (method.name, position) not in reported:
             reported[method.name, position] = [run for _, run in report(trials, method, position, "live")]
 
-    for method in methods:
-        tuned[method.name] = tune(trials, method, BUDGET, FINALISTS)
-        run(method, tuned[method.name].position)
-    claims = list(BEST)
+    choose(ADAMW)
+    choose(LEAVE_ONE_OUT)
     best = tuned[ADAMW.name].position
     higher = (best[0] + 2,)
     comparisons = [(text, method, best, baseline, source) for text, method, baseline, source in MATCHED]
@@ -213,20 +213,22 @@ def main() -> None:
         run(method, position)
         run(baseline, best)
         claims.append(_at(text, method, position, baseline, best, source))
+    for method in (SOPHIA, SOPHIA_SPLIT, SHAMPOO, SHAMPOO_SPLIT, SPLIT):
+        choose(method)
     bench.save(
         trials.seconds,
         title="Bias-corrected optimizers against the same ones uncorrected, matched",
         question="Does correcting the biases of the preconditioner lower the loss, at the same tuning, rate, floor, "
         "clipping and time?",
         scale=f"Llama with 2 layers of width 64 and {VOCABULARY} tokens, books, {STEPS} steps of 8 sequences of 64 "
-        f"tokens in {FOLDS} microbatches from a model of {START_STEPS} steps, float32, warm-up of {WARMUP} steps, cosine",
+        f"tokens in {FOLDS} microbatches from a model of {START_STEPS} steps, float32, warm-up of {WARMUP}, cosine",
         claims=claims,
         figures=[
             Figure(
                 kind="curves",
                 caption="Validation loss at the settings chosen",
                 score="valid/loss",
-                methods=[method.name for method in methods],
+                methods=list(tuned),
             ),
         ],
         runs=[run for found in tuned.values() for run in found.runs]
