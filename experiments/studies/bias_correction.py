@@ -14,7 +14,7 @@ from _collect import Bench
 from _passages import VOCABULARY
 from _tuning import Axis, Method, Position, Trials, factors, report, tune
 
-from lagless.experiments.report import Claim, Figure, Run
+from lagless.experiments.report import Claim, Figure
 
 START_STEPS, STEPS, WARMUP, FOLDS = 300, 100, 20, 4
 BUDGET, FINALISTS = 7, 2
