@@ -14,6 +14,7 @@ from lagless.experiments.report._compare import best_setting, score_of, settings
 from lagless.experiments.report._study import Figure, Run, Study
 from lagless.experiments.statistics import mean
 
+_MOST_ACROSS = 6
 _COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 
 
@@ -53,14 +54,16 @@ def _map(canvas: Canvas, study: Study, figure: Figure) -> None:
     norm = Normalize(low, high)
     for axes, method, (xs, ys, values) in zip(panels, figure.methods, tables, strict=True):
         image = axes.imshow(values, origin="lower", aspect="auto", norm=norm, cmap=colours)
-        axes.set_xticks(range(len(xs)), xs)
+        upright = 90 if len(xs) > _MOST_ACROSS else 0  # many columns leave no room for numbers side by side
+        axes.set_xticks(range(len(xs)), xs, rotation=upright)
         axes.set_yticks(range(len(ys)), ys)
         axes.set(title=method, xlabel=figure.x)
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
                 dark = sum(image.to_rgba(value)[:3]) < 1.5
                 text = f"{value:+.3f}" if figure.minus else f"{value:.3f}"
-                axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+                colour = "white" if dark else "black"
+                axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour, rotation=upright)
     panels[0].set_ylabel(str(figure.y))
     label = figure.score if figure.minus is None else f"{figure.score} minus {figure.minus}"
     canvas.colorbar(ScalarMappable(norm, colours), ax=list(panels), label=label)
