@@ -32,7 +32,7 @@ COMMON = {
 def main() -> None:
     """Run what is missing, then write the study."""
     bench = Bench("pretrain-averages", __file__)
-    files = prepare(bench.data / "corpus", bench.work / "passages")
+    files = prepare(bench.data, bench.work / "passages")
     cells = bench.sweep(
         "pace-pretrain-small", "runs", files | COMMON, {"method.schedule": list(SCHEDULES.values())}, SEEDS
     )
