@@ -11,7 +11,7 @@ from _averages import averages_study, paper_claims, paper_figures
 from _collect import SEEDS, Bench, seconds_of
 from _passages import prepare
 
-STEPS, SAVE, PHIS = 240, 10, (10, 30)
+STEPS, SAVE, PHIS = 120, 10, (10, 30)
 WARMUP = 20
 SCHEDULES = {kind: f"{{kind: {kind}, warmup_steps: {WARMUP}}}" for kind in ("constant", "cosine")}
 METHODS = {"constant": ("ema", "bema", "ouema", "dema"), "cosine": ("bema",)}
@@ -52,7 +52,7 @@ def main() -> None:
         seconds_of(cells),
         title="Averages beside pretraining on books",
         question="Do averages beat the live weights in pretraining, and do they do what decay of the rate does?",
-        scale="Llama of 0.9 M parameters on passages of 249 books, 240 steps of 8 sequences of 64 tokens, AdamW 2e-3 "
+        scale="Llama of 0.9 M parameters on passages of 249 books, 120 steps of 8 sequences of 64 tokens, AdamW 2e-3 "
         "after 20 steps of warm-up; 40 validation and 160 test sequences from 10 other books",
         claims=claims,
         figures=paper_figures(),
