@@ -17,7 +17,7 @@ from _tuning import Axis, Method, Position, Trials, factors, report, tune
 from lagless.experiments.report import Claim, Figure
 
 START_STEPS, STEPS, WARMUP, FOLDS = 300, 100, 20, 4
-BUDGET, FINALISTS = 7, 2
+ADAMW_BUDGET, OTHERS_BUDGET = (7, 2), (5, 1)  # settings, and how many of them run on the second tuning seed too
 
 START: dict[str, Any] = {
     "model.config": {
@@ -118,13 +118,6 @@ BEST = (
         "4.6872 - 4.8361 = -0.1489, one seed, another rate and floor, two passes",
     ),
     _best(
-        "AdamW split in two folds, corrected, beats AdamW",
-        SPLIT,
-        ADAMW,
-        f"{PAPER}, the full method",
-        "5.285 - 4.836 = +0.449 (Table A.18)",
-    ),
-    _best(
         "Sophia-G split in two folds, corrected, beats Sophia-G",
         SOPHIA_SPLIT,
         SOPHIA,
@@ -160,7 +153,12 @@ MATCHED = (
         _variant(ADAMW, "no clipping", NO_CLIPPING),
         "ours: matched",
     ),
-    ("AdamW split in two folds beats AdamW at AdamW's best rate", SPLIT, ADAMW, "ours: matched"),
+    (
+        "AdamW split in two folds, corrected, beats AdamW at AdamW's best rate",
+        SPLIT,
+        ADAMW,
+        f"{PAPER}, Table A.18 (5.285 - 4.836 = +0.449), at the same rate",
+    ),
 )
 # The published runs differ by 1.5 in the rate and by 0.2 in the floor; here √2 in the rate, a point of the grid.
 FLOOR = {"method.schedule": {"kind": "cosine", "warmup_steps": WARMUP, "floor": 0.2}}
@@ -195,16 +193,16 @@ def main() -> None:
     trials = Trials(bench, recipe, COMMON | {"model": model})
     tuned, reported, claims = {}, {}, list(BEST)
 
-    def choose(method: Method) -> None:
-        tuned[method.name] = tune(trials, method, BUDGET, FINALISTS)
+    def choose(method: Method, budget: tuple[int, int]) -> None:
+        tuned[method.name] = tune(trials, method, *budget)
         run(method, tuned[method.name].position)
 
     def run(method: Method, position: Position) -> None:
         if (method.name, position) not in reported:
             reported[method.name, position] = [run for _, run in report(trials, method, position, "live")]
 
-    choose(ADAMW)
-    choose(LEAVE_ONE_OUT)
+    choose(ADAMW, ADAMW_BUDGET)
+    choose(LEAVE_ONE_OUT, ADAMW_BUDGET)
     best = tuned[ADAMW.name].position
     higher = (best[0] + 2,)
     comparisons = [(text, method, best, baseline, source) for text, method, baseline, source in MATCHED]
@@ -213,8 +211,8 @@ def main() -> None:
         run(method, position)
         run(baseline, best)
         claims.append(_at(text, method, position, baseline, best, source))
-    for method in (SOPHIA, SOPHIA_SPLIT, SHAMPOO, SHAMPOO_SPLIT, SPLIT):
-        choose(method)
+    for method in (SOPHIA, SOPHIA_SPLIT, SHAMPOO, SHAMPOO_SPLIT):
+        choose(method, OTHERS_BUDGET)
     bench.save(
         trials.seconds,
         title="Bias-corrected optimizers against the same ones uncorrected, matched",
