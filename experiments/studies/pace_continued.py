@@ -1,4 +1,4 @@
-"""PACE against its baselines again, from a model that is past the plateau on which the runs of pace.py differ by chance.
+"""PACE against its baselines again, from a model past the plateau on which the runs of pace.py differ by chance.
 
 Shorter, with the methods that the question needs: is the clamped limit more than a learning rate η(1+t)^-κ?
 """
