@@ -9,21 +9,25 @@ training, the noise of sampling subtracted. Claims are those of the BEMA paper o
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from _averages import PAPER, VALID, Entry, compared, validated
 from _collect import SEEDS, Bench, once, seconds_of
 from _problems import LEVEL, PROMPTS, prepare
+from transformers import AutoModelForCausalLM
 
 from lagless.experiments.averages import LIVE, evaluate_averages
 from lagless.experiments.evaluate import load_tokenizer
 from lagless.experiments.evaluation import ClosedLoop, held_out_sequences, hf_model, oscillation
 from lagless.experiments.report import Claim, Figure
 from lagless.experiments.sweep import Cell
+from lagless.filters import trajectory_weights
+from lagless.posthoc import find_checkpoints
 
 BASE_STEPS = 2000  # of training before
-STEPS, SAVE, EVERY, SAMPLES, LONGEST = 300, 10, 20, 4, 20
+SAVE, EVERY, SAMPLES, LONGEST = 10, 20, 4, 20
 ACCURACY, EARLY, LATE, JITTER = (
     "test/accuracy",
     "test/accuracy, first half",
@@ -54,10 +58,11 @@ CLAIMS = [
 ]
 
 
-def closed_loop(cell: Cell, entries: list[Entry], tasks: ClosedLoop, tokenizer: Any) -> dict[str, Any]:
+def closed_loop(
+    cell: Cell, entries: list[Entry], tasks: ClosedLoop, tokenizer: Any, steps: list[int]
+) -> dict[str, Any]:
     """By name, for every step, the share of right responses by prompt."""
     rules = {entry.name: entry.rule for entry in entries if entry.rule is not None}
-    steps = list(range(EVERY, STEPS + 1, EVERY))
 
     def accuracies(model: Any) -> list[float]:
         return list(tasks(hf_model(model, tokenizer, 256))["arithmetic"].prompts.values())
@@ -69,30 +74,37 @@ def closed_loop(cell: Cell, entries: list[Entry], tasks: ClosedLoop, tokenizer: 
     return found
 
 
-def main() -> None:
-    """Run what is missing, then write the study."""
-    bench = Bench("arithmetic-oscillation", __file__)
-    files = prepare(bench.work / "problems")
-    base = bench.work / "base"
+def closed_loop_study(bench: Bench, begin: int, steps: int, title: str) -> None:
+    """Run what is missing, then write the study.
+
+    Args:
+        bench: of the study.
+        begin: the step of the training before from which fine-tuning begins.
+        steps: of fine-tuning.
+        title: of the study.
+    """
+    shared = bench.work.parent / "arithmetic-oscillation"
+    files, base = prepare(shared / "problems"), shared / "base"
     bench.lagless(
         "train", "experiments/studies/arithmetic.yaml", "--set", "method.averages={}",
         "--set", f"model.tokenizer={files['tokenizer']}", "--set", f"data.path={files['base.txt']}",
         "--set", f"training.max_steps={BASE_STEPS}", "--set", f"evaluation.every={BASE_STEPS}", "--out", str(base),
     )  # fmt: skip
-    start = base / f"checkpoint-{BASE_STEPS}"
+    start = base / f"checkpoint-{begin}"
     changes = {"model.path": str(start), "data.path": str(files["train.txt"]), "method.averages": "{}"}
-    changes |= {"training.max_steps": str(STEPS), "training.save_every": str(SAVE), "evaluation.every": str(STEPS)}
+    changes |= {"training.max_steps": str(steps), "training.save_every": str(SAVE), "evaluation.every": str(steps)}
     cells = bench.sweep("experiments/studies/word-problems.yaml", "runs", changes, seeds=SEEDS)
     tokenizer = load_tokenizer(start)
     answers = held_out_sequences(str(files["valid.jsonl"]), tokenizer, length=64, count=None)
     entries = validated([("constant", cell) for cell in cells], {"constant": ("ema", "bema")}, (SAVE,), answers)
     tasks = ClosedLoop(["arithmetic"], prompts=PROMPTS, samples=SAMPLES, level=LEVEL, max_new_tokens=LONGEST)
     for cell, chosen in compared(entries, CLAIMS):
-        found = once(cell.folder / "closed-loop.json", lambda: closed_loop(cell, chosen, tasks, tokenizer))  # noqa: B023
+        at = list(range(EVERY, steps + 1, EVERY))
+        found = once(cell.folder / "closed-loop.json", lambda: closed_loop(cell, chosen, tasks, tokenizer, at))  # noqa: B023
         for entry in chosen:
-            steps, shares = zip(*found[entry.name], strict=True)
+            _, shares = zip(*found[entry.name], strict=True)
             accuracy = np.mean(shares, axis=1)
-            half = len(steps) // 2
+            half = len(at) // 2
             swings = oscillation(shares[half:], SAMPLES)
             entry.run.scores = {
                 **(entry.run.scores or {}),
@@ -101,13 +113,20 @@ def main() -> None:
                 LATE: round(float(accuracy[half:].mean()), 6),
                 JITTER: round(swings.jitter, 6),
             }
-            entry.run.curves = {ACCURACY: [(step, round(float(a), 5)) for step, a in zip(steps, accuracy, strict=True)]}
+            entry.run.curves = {ACCURACY: [(step, round(float(a), 5)) for step, a in zip(at, accuracy, strict=True)]}
+    kept = {
+        entry.run.method: float(trajectory_weights(entry.rule, find_checkpoints(cells[0].folder).steps)[0])
+        for entry in compared(entries, CLAIMS)[0][1]
+        if entry.rule is not None
+    }
+    record = shared / f"accuracy-{begin}.json"
+    begun = once(record, lambda: _accuracy(start, tasks, tokenizer))
     bench.save(
         seconds_of(cells),
-        title="Closed-loop accuracy on word problems",
+        title=title,
         question="Do averages answer more problems than the live weights, and does their accuracy swing less?",
-        scale=f"Llama of 0.4 M parameters after {BASE_STEPS} steps on sums, fine-tuned on 20,000 word problems of one "
-        f"step, {STEPS} steps of 8 sequences of 64 tokens, AdamW 1e-3; {SAMPLES} responses at temperature 1 to each of "
+        scale=f"Llama of 0.4 M parameters after {begin} of {BASE_STEPS} steps on sums, fine-tuned on 20,000 word problems of one "
+        f"step, {steps} steps of 8 sequences of 64 tokens, AdamW 1e-3; {SAMPLES} responses at temperature 1 to each of "
         f"{PROMPTS} problems whose numbers are not in the training data, every {EVERY} steps; settings chosen by the "
         "loss of the answers to 150 others",
         claims=CLAIMS,
@@ -130,9 +149,23 @@ def main() -> None:
             ),
         ],
         runs=[entry.run for entry in entries],
-        notes=[f"Settings differ in κ and η; averages are updated at every checkpoint, φ = {SAVE}."],
+        notes=[
+            f"The model that fine-tuning begins with has an accuracy of {begun:.2f} on the same problems.",
+            f"Settings differ in κ and η; averages are updated at every checkpoint, φ = {SAVE}.",
+            *(
+                f"The chosen {name} keeps a weight of {weight:.2f} on the start."
+                for name, weight in sorted(kept.items())
+            ),
+        ],
     )
 
 
+def _accuracy(model: Path, tasks: ClosedLoop, tokenizer: Any) -> float:
+    loaded = AutoModelForCausalLM.from_pretrained(model).eval()
+    return tasks(hf_model(loaded, tokenizer, 256))["arithmetic"].mean.value
+
+
 if __name__ == "__main__":
-    main()
+    closed_loop_study(
+        Bench("arithmetic-oscillation", __file__), BASE_STEPS, 300, "Fine-tuning past the best: word problems"
+    )
