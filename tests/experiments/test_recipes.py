@@ -194,3 +194,21 @@ def test_command():
     printed = CliRunner().invoke(app, ["recipes", "bema-sft-small", "--set", "training.learning_rate=1e-5"])
     assert "# Peak learning rate.\n  learning_rate: 1.0e-05" in printed.stdout
     assert "path: FILL IN" in printed.stdout
+
+
+def test_changes_are_left_as_they_were():
+    section = {"kind": "pace", "pullback": 0.1}
+    overrides = {"data.path": "text.txt", "method.optimizer": section, "method.optimizer.pullback": 0.2}
+    recipe = load_recipe("pace-pretrain-small", overrides)
+    assert recipe.method.optimizer.pullback == 0.2 and section == {"kind": "pace", "pullback": 0.1}
+
+
+def test_an_empty_section_of_an_extending_recipe_empties_it(tmp_path):
+    path = tmp_path / "mine.yaml"
+    needed = ["model.path=x", "data.path=y"]
+    for text, left in (
+        ("averages: {}", []),
+        ("averages: {fast: {rule: EMA}}", ["bema", "ema", "ouema", "dema", "fast"]),
+    ):
+        path.write_text(f"extends: bema-sft-small\nmethod: {{returned: live, {text}}}\n")
+        assert list(load_recipe(path, needed).method.averages) == left

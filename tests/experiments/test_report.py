@@ -7,7 +7,18 @@ import pytest
 from typer.testing import CliRunner
 
 from lagless.cli import app
-from lagless.experiments.report import Claim, Figure, Run, Study, compare, load_study, save_study, write_reports
+from lagless.experiments.report import (
+    Claim,
+    Figure,
+    Run,
+    Study,
+    chosen_runs,
+    compare,
+    load_study,
+    save_study,
+    write_reports,
+)
+from lagless.experiments.report._figures import _best, _table
 from lagless.experiments.statistics import Verdict, paired_difference
 
 EFFECT, SEEDS = {"ema": 0.0, "bema": -0.3, "dema": 0.3, "ouema": 0.0}, range(5)
@@ -80,6 +91,42 @@ def test_a_setting_that_diverged_on_one_seed_cannot_be_chosen_and_is_counted():
     assert finding.method.setting["kappa"] != 0.5 and finding.method.diverged == 1
 
 
+def in_two_stages() -> Study:
+    """Settings tried on seed 100, the best two on seed 101 too, and the choice reported on others."""
+    tried = {0.2: [1.0, 4.0], 0.5: [2.0, 2.0], 0.8: [2.5]}
+    tuning = [
+        Run(method=m, setting={"kappa": kappa}, seed=100 + i, scores={"valid/loss": loss}, tuning=True)
+        for m in ("ema", "bema")
+        for kappa, losses in tried.items()
+        for i, loss in enumerate(losses)
+    ]
+    reported = [
+        # validation losses of reporting seeds, by which 0.2 would be best, choose nothing
+        Run(
+            method=m, setting={"kappa": kappa}, seed=seed, scores={"valid/loss": kappa, "test/loss": loss + 0.01 * seed}
+        )
+        for m, loss in (("ema", 1.0), ("bema", 0.9))
+        for kappa in (0.2, 0.5)
+        for seed in SEEDS
+    ]
+    claim = Claim(text="", source="ours", method="bema", baseline="ema", score="test/loss", claimed=-1,
+                  selected_by="valid/loss")  # fmt: skip
+    return study(runs=[*tuning, *reported], claims=[claim])
+
+
+def test_tuning_runs_choose_and_other_seeds_are_reported():
+    [finding] = compare(in_two_stages())
+    for side in (finding.method, finding.baseline):
+        assert side.setting == {"kappa": 0.5} and side.budget == 3 and set(side.scores) == set(SEEDS)
+
+
+def test_a_choice_that_was_not_reported_is_refused():
+    whole = in_two_stages()
+    runs = [run for run in whole.runs if run.tuning or run.setting["kappa"] != 0.5]
+    with pytest.raises(ValueError, match="chooses {'kappa': 0.5}, and no reported run has it"):
+        compare(whole.model_copy(update={"runs": runs}))
+
+
 def test_settings_held_fixed_apply_to_the_sides_that_have_them():
     whole = study()
     extra = [Run(method="live", setting={}, seed=s, scores={"test/loss": 0.0}) for s in SEEDS]
@@ -88,6 +135,56 @@ def test_settings_held_fixed_apply_to_the_sides_that_have_them():
     )
     finding = compare(whole.model_copy(update={"runs": whole.runs + extra, "claims": [claim]}))[0]
     assert finding.method.setting["kappa"] == 0.2 and finding.baseline.setting == {}
+
+
+def test_the_two_sides_can_be_held_at_different_settings():
+    whole = study()
+    claim = Claim(
+        text="0.2 against 0.8", source="ours", method="bema", baseline="bema", score="valid/loss", claimed=-1,
+        at={"kappa": 0.2}, baseline_at={"kappa": 0.5},
+    )  # fmt: skip
+    finding = compare(whole.model_copy(update={"claims": [claim]}))[0]
+    assert (finding.method.setting["kappa"], finding.baseline.setting["kappa"]) == (0.2, 0.5)
+    assert finding.difference.value == pytest.approx(0.09)
+    assert finding.verdict is Verdict.CONTRADICTED
+
+
+def test_scores_of_the_test_are_needed_of_the_chosen_settings_only():
+    whole = study()
+    chosen = chosen_runs(whole)
+    assert len(chosen) == len(EFFECT) * len(SEEDS) and {run.setting["kappa"] for run in chosen} == {0.5}
+    unseen = [
+        run if run in chosen else run.model_copy(update={"scores": {"valid/loss": run.scores["valid/loss"]}})
+        for run in whole.runs
+    ]
+    assert [str(f.difference) for f in compare(whole.model_copy(update={"runs": unseen}))] == [
+        str(f.difference) for f in compare(whole)
+    ]
+
+
+def test_figures_hold_settings_fixed():
+    whole = study(figures=[])
+    better = [run.model_copy(update={"setting": run.setting | {"lr": 2}}) for run in whole.runs]
+    worse = [
+        run.model_copy(update={"setting": run.setting | {"lr": 1}, "scores": {k: v + 9 for k, v in run.scores.items()}})
+        for run in whole.runs
+    ]
+    figure = Figure(kind="map", caption="", score="test/loss", methods=["bema"], x="kappa", y="eta")
+
+    def shown(runs, at):
+        return _table(whole.model_copy(update={"runs": runs}), figure.model_copy(update={"at": at}), "bema")[2]
+
+    assert np.array_equal(shown(better + worse, {"lr": 1}), shown(worse, {}))
+    assert np.array_equal(shown(better + worse, {"lr": 2}), shown(better, {}))
+
+
+def test_curves_are_of_the_setting_that_another_score_chooses():
+    whole = study()
+    figure = Figure(kind="curves", caption="", score="test/loss", methods=["bema"])
+    by_test, by_valid = (
+        _best(whole, figure.model_copy(update={"selected_by": s}), "bema") for s in (None, "valid/loss")
+    )
+    assert by_test[0].setting["kappa"] == 0.2 and by_valid[0].setting["kappa"] == 0.5
 
 
 def test_a_study_survives_its_file(tmp_path):

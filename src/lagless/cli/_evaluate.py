@@ -30,6 +30,7 @@ BatchSize = Annotated[int, typer.Option(help="Sequences or responses at a time."
 Seed = Annotated[int, typer.Option(help="Of all that is chosen or sampled.")]
 Sequences = Annotated[int, typer.Option(help="Held-out sequences.")]
 Length = Annotated[int, typer.Option(help="Most tokens of a held-out sequence.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="JSON file to write.")]
 Device = Annotated[str | None, typer.Option(help="Default: an accelerator if there is one.")]
 
 
@@ -46,7 +47,7 @@ def evaluate(
     at: Annotated[
         str | None, typer.Option(help="Steps of a run, e.g. 100,200, or all. Default: all; with --rule the last.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="JSON file to write.")] = None,
+    output: Output = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts per task or subject. Default: 128, 64 or 64.")] = None,
     samples: Annotated[int, typer.Option(help="Responses per prompt, at temperature 1.")] = 50,
     sequences: Sequences = 200,
@@ -69,8 +70,7 @@ def evaluate(
 
     if (settings or grid) and not rule:
         raise ValueError("rule arguments were given without --rule; say which rule they belong to, e.g. --rule bema.")
-    if output is not None and not output.parent.is_dir():
-        raise ValueError(f"--output {output}: there is no folder {output.parent}.")
+    _check_output(output)
     plan = EvaluationPlan(
         tuple(dict.fromkeys(task)),
         _sources(data, task),
@@ -115,6 +115,7 @@ def tune_command(
     rule: RuleNames = ["bema", "ema"],  # noqa: B006
     grid: Grid = [],  # noqa: B006
     evaluations: Annotated[int, typer.Option(help="Averages to evaluate on validation at most.")] = 12,
+    output: Output = None,
     sequences: Sequences = 200,
     length: Length = 512,
     batch_size: BatchSize = 8,
@@ -125,9 +126,10 @@ def tune_command(
     _require("tune")
     from lagless.experiments.evaluate import load_tokenizer
     from lagless.experiments.evaluation import held_out_sequences
-    from lagless.experiments.tune import tune
+    from lagless.experiments.tune import tune, write_tuned
     from lagless.posthoc import find_checkpoints
 
+    _check_output(output)
     trajectory = find_checkpoints(run)
     tokenizer = load_tokenizer(trajectory.checkpoints[-1].folder)
     seen, unseen = (
@@ -150,6 +152,14 @@ def tune_command(
         progress=progress,
     )
     _print_tuned(found)
+    if output is not None:
+        write_tuned(output, found)
+        out.print(f"written to {output}", highlight=False, markup=False)
+
+
+def _check_output(output: Path | None) -> None:
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {output.parent}.")
 
 
 def _require(command: str) -> None:

@@ -1,9 +1,13 @@
-"""Output folders that are replaced only if the same command wrote them."""
+"""Results as JSON files, and output folders that are replaced only if the same command wrote them."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def check_output(out: Path, overwrite: bool, records: Sequence[str], writer: str) -> None:
@@ -29,3 +33,21 @@ def check_output(out: Path, overwrite: bool, records: Sequence[str], writer: str
             f"out={str(out)!r}: --overwrite replaces the whole folder, and {writer} did not write this one (it has no "
             f"{' and '.join(missing)}). Choose another folder, or remove this one yourself."
         )
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a record at once or not at all; numbers that are not finite become null."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(json.dumps(_finite(record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from lagless.experiments._environment import commit, machine, versions
+from lagless.experiments._output import write_json
 from lagless.experiments.averages import evaluate_averages, load_model
 from lagless.experiments.evaluation import (
     TASKS,
@@ -241,12 +239,7 @@ def write_results(path: Path, plan: EvaluationPlan, rows: Sequence[Row]) -> None
         "versions": versions(),
         "commit": commit(),
     }
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(json.dumps(_finite(record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(path, record)
 
 
 def _record(row: Row, reference: Row) -> dict[str, Any]:
@@ -273,15 +266,6 @@ def _record(row: Row, reference: Row) -> dict[str, Any]:
 def difference(result: Losses | Score, reference: Losses | Score) -> Mean:
     """The paired difference of two results of one task."""
     return result.difference(reference)  # type: ignore[arg-type]
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: None in its place."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _models(source: Path) -> list[Path] | None:

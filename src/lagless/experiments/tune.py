@@ -12,7 +12,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +22,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lagless.experiments._cross_entropy import IGNORED, cross_entropy_by_sequence
+from lagless.experiments._environment import commit, machine, versions
+from lagless.experiments._output import write_json
 from lagless.experiments.averages import State, load_model, load_weights, weighted_sum
 from lagless.experiments.evaluation import Losses, Sequences, sequence_losses
 from lagless.experiments.statistics import Mean
 from lagless.filters import trajectory_weights
 from lagless.posthoc import Trajectory, combine_checkpoints, find_checkpoints
 from lagless.posthoc.trajectory import StrPath
-from lagless.rules import EMA, Rule
+from lagless.rules import EMA, Rule, rule_to_dict
 
 Floats = NDArray[np.float64]
 
@@ -187,6 +191,28 @@ def tune(
         trials=tuple(trials.values()),
         considered=len(rules),
         best_minus_start=found["best"].difference(found[best_start]),
+    )
+
+
+def write_tuned(path: Path, found: Tuned) -> None:
+    """Write what was found as JSON, at once or not at all."""
+
+    def rule(of: Trial | Candidate) -> dict[str, Any] | None:
+        return None if of.rule is None else rule_to_dict(of.rule)
+
+    write_json(
+        path,
+        {
+            "format": 1,
+            "best": rule_to_dict(found.best),
+            "best_minus_start": asdict(found.best_minus_start),
+            "candidates": [{**asdict(one), "rule": rule(one)} for one in found.candidates],
+            "trials": [{**asdict(one), "rule": rule(one)} for one in found.trials],
+            "considered": found.considered,
+            "machine": machine(),
+            "versions": versions(),
+            "commit": commit(),
+        },
     )
 
 

@@ -76,14 +76,20 @@ def test_swings_are_in_the_order_of_steps_and_by_name():
     assert swings(rows, 1) == {}
 
 
-def test_tune(run, text, lagless):
-    options = ["--sequences", "8", "--length", "32", "--evaluations", "5", "--rule", "bema"]
+def test_tune(run, text, tmp_path, lagless):
+    options = ["--sequences", "8", "--length", "32", "--evaluations", "5", "--rule", "bema", "-o", tmp_path / "t.json"]
     code, printed, shown = lagless("tune", run, "--validation", text[0], "--test", text[1], *options)
     assert code == 0
     assert "live" in printed and "best" in printed and "settings were evaluated on validation" in printed
     evaluated = [float(line.split()[0]) for line in shown.splitlines() if line.endswith("live") or "BEMA" in line]
     assert 3 <= len(evaluated) <= 5
     assert f"{min(evaluated[1:]):.3f}" in printed
+    record = json.loads((tmp_path / "t.json").read_text())
+    assert [trial["loss"] for trial in record["trials"]] == pytest.approx(evaluated, abs=1e-5)
+    live, start, best = record["candidates"]
+    assert (live["name"], live["rule"], best["rule"]) == ("live", None, record["best"])
+    assert record["best_minus_start"]["value"] == pytest.approx(best["test"]["value"] - start["test"]["value"])
+    assert f"{best['test']['value']:.4f}" in printed
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,7 +52,7 @@ def load_recipe(name: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
     if not isinstance(overrides, Mapping):
         overrides = dict(map(parse_override, overrides))
     for path, value in overrides.items():
-        _set(data, path.split("."), value, path)
+        _set(data, path.split("."), copy.deepcopy(value), path)  # a later path may lead into it
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -138,7 +139,7 @@ def _read(name: str | Path) -> dict[str, Any]:
 
 
 def _merged(base: Any, changes: Any) -> Any:
-    if not isinstance(base, dict) or not isinstance(changes, dict):
+    if not isinstance(base, dict) or not isinstance(changes, dict) or not changes:  # nothing is left of it by {}
         return changes
     if changes.get("kind", base.get("kind")) != base.get("kind"):  # another kind of section, with fields of its own
         return changes

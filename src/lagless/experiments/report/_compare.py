@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
-from lagless.experiments.report._study import Claim, Run, Setting, Study
+from lagless.experiments.report._study import Claim, Run, Setting, Study, Value
 from lagless.experiments.statistics import Mean, Verdict, holm, paired_difference, verdict
 
 
@@ -52,7 +53,10 @@ def compare(study: Study) -> list[Finding]:
     Raises:
         ValueError: if a claim names a method or a score that no run has, or seeds differ between its two sides.
     """
-    pairs = [(_side(study, claim, claim.method), _side(study, claim, claim.baseline)) for claim in study.claims]
+    pairs = [
+        (_side(study, claim, claim.method, claim.at), _side(study, claim, claim.baseline, _baseline_at(claim)))
+        for claim in study.claims
+    ]
     differences = [paired_difference(method.scores, baseline.scores) for method, baseline in pairs]
     corrected = holm([difference.p_value for difference in differences])
     return [
@@ -61,11 +65,35 @@ def compare(study: Study) -> list[Finding]:
     ]
 
 
-def settings_of(runs: Iterable[Run], method: str) -> list[list[Run]]:
-    """The runs of a method, one list per setting, in the order of their first appearance."""
+def chosen_runs(study: Study) -> list[Run]:
+    """The runs that the claims compare, each once: whatever is not among them needs no test score.
+
+    Raises:
+        ValueError: if a claim names a method, setting or score to choose by that no run has.
+    """
+    chosen: dict[int, Run] = {}
+    for claim in study.claims:
+        for method, at in ((claim.method, claim.at), (claim.baseline, _baseline_at(claim))):
+            chosen |= {id(run): run for run in _choice(study, claim, method, at)[0]}
+    return list(chosen.values())
+
+
+def settings_of(
+    runs: Iterable[Run], method: str, at: Mapping[str, Value] = MappingProxyType({}), *, tuning: bool = False
+) -> list[list[Run]]:
+    """The runs of a method, one list per setting, in the order of their first appearance: reported ones or tuning.
+
+    Args:
+        runs: of any methods.
+        method: whose runs are wanted.
+        at: hyperparameters held fixed; those that the method does not have are no restriction.
+        tuning: which runs are wanted.
+    """
+    own = [run for run in runs if run.method == method]
+    fixed = at.keys() & {key for run in own for key in run.setting}
     groups: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.method == method:
+    for run in own:
+        if run.tuning == tuning and all(run.setting.get(key) == at[key] for key in fixed):
             groups.setdefault(json.dumps(run.setting, sort_keys=True), []).append(run)
     return list(groups.values())
 
@@ -93,27 +121,51 @@ def score_of(run: Run, score: str) -> float:
     return run.scores[score]
 
 
-def _side(study: Study, claim: Claim, method: str) -> Side:
-    known = {key for run in study.runs if run.method == method for key in run.setting}
-    at = {key: value for key, value in claim.at.items() if key in known}
-    groups = [
-        group
-        for group in settings_of(study.runs, method)
-        if all(group[0].setting.get(key) == value for key, value in at.items())
-    ]
-    if not groups:
+def _baseline_at(claim: Claim) -> Setting:
+    return claim.at if claim.baseline_at is None else claim.baseline_at
+
+
+def _side(study: Study, claim: Claim, method: str, at: Setting) -> Side:
+    chosen, candidates = _choice(study, claim, method, at)
+    diverged = sum(any(run.scores is None for run in group) for group in candidates)
+    return Side(chosen[0].setting, {r.seed: score_of(r, claim.score) for r in chosen}, len(candidates), diverged)
+
+
+def _choice(study: Study, claim: Claim, method: str, at: Setting) -> tuple[list[Run], list[list[Run]]]:
+    """The runs of the setting that stands for a method in a claim, and those of all settings it was chosen from."""
+    reported, tuning = (settings_of(study.runs, method, at, tuning=stage) for stage in (False, True))
+    if not reported:
         raise ValueError(f"{study.name}: no run of {method!r} at {at}, but the claim {claim.text!r} needs one.")
+    candidates = reported
     if claim.selected_by is not None:
-        chosen = best_setting(groups, claim.selected_by, claim.maximize)
-    elif len(groups) == 1:
-        chosen = groups[0]
+        candidates = tuning or reported
+        chosen = _reported(study, best_setting(_finalists(candidates), claim.selected_by, claim.maximize), reported)
+    elif len(reported) == 1:
+        chosen = reported[0]
     else:
         raise ValueError(
-            f"{study.name}: {len(groups)} settings of {method!r} fit the claim {claim.text!r}; give selected_by, or "
+            f"{study.name}: {len(reported)} settings of {method!r} fit the claim {claim.text!r}; give selected_by, or "
             "fix them by at."
         )
     seeds = [run.seed for run in chosen]
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"{study.name}: two runs of {method!r} with {chosen[0].setting} have the same seed.")
-    diverged = sum(any(run.scores is None for run in group) for group in groups)
-    return Side(chosen[0].setting, {r.seed: score_of(r, claim.score) for r in chosen}, len(groups), diverged)
+    return chosen, candidates
+
+
+def _finalists(groups: Sequence[list[Run]]) -> list[list[Run]]:
+    """Of tuning runs, the settings that were not dropped before the last tuning seed."""
+    if not groups[0][0].tuning:
+        return list(groups)
+    rounds = max(len(group) for group in groups)
+    return [group for group in groups if len(group) == rounds]
+
+
+def _reported(study: Study, best: list[Run], reported: Sequence[list[Run]]) -> list[Run]:
+    """The reported runs of the setting that was found best."""
+    for group in reported:
+        if group[0].setting == best[0].setting:
+            return group
+    raise ValueError(
+        f"{study.name}: the tuning of {best[0].method!r} chooses {best[0].setting}, and no reported run has it."
+    )

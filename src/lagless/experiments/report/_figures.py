@@ -14,6 +14,7 @@ from lagless.experiments.report._compare import best_setting, score_of, settings
 from lagless.experiments.report._study import Figure, Run, Study
 from lagless.experiments.statistics import mean
 
+_MOST_ACROSS = 6
 _COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 
 
@@ -29,7 +30,7 @@ def draw(study: Study, figure: Figure) -> bytes:
 def _curves(canvas: Canvas, study: Study, figure: Figure) -> None:
     axes = canvas.subplots()
     for i, method in enumerate(figure.methods):
-        runs = best_setting(settings_of(study.runs, method), figure.score)
+        runs = _best(study, figure, method)
         curves = [np.asarray(run.curves[figure.score], dtype=float) for run in runs if figure.score in run.curves]
         if not curves:
             raise ValueError(f"{study.name}: the chosen runs of {method!r} have no curve of {figure.score!r}.")
@@ -38,7 +39,7 @@ def _curves(canvas: Canvas, study: Study, figure: Figure) -> None:
         axes.plot(steps, centre, label=f"{method} (n = {len(values)})", color=_COLOURS[i % 10])
         axes.fill_between(steps, centre - 2 * spread, centre + 2 * spread, color=_COLOURS[i % 10], alpha=0.2, lw=0)
     axes.set(xlabel="optimizer step", ylabel=figure.score)
-    axes.legend(frameon=False)
+    canvas.legend(loc="outside right center", frameon=False)
 
 
 def _map(canvas: Canvas, study: Study, figure: Figure) -> None:
@@ -53,14 +54,16 @@ def _map(canvas: Canvas, study: Study, figure: Figure) -> None:
     norm = Normalize(low, high)
     for axes, method, (xs, ys, values) in zip(panels, figure.methods, tables, strict=True):
         image = axes.imshow(values, origin="lower", aspect="auto", norm=norm, cmap=colours)
-        axes.set_xticks(range(len(xs)), xs)
+        upright = 90 if len(xs) > _MOST_ACROSS else 0  # many columns leave no room for numbers side by side
+        axes.set_xticks(range(len(xs)), xs, rotation=upright)
         axes.set_yticks(range(len(ys)), ys)
         axes.set(title=method, xlabel=figure.x)
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
                 dark = sum(image.to_rgba(value)[:3]) < 1.5
                 text = f"{value:+.3f}" if figure.minus else f"{value:.3f}"
-                axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+                colour = "white" if dark else "black"
+                axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour, rotation=upright)
     panels[0].set_ylabel(str(figure.y))
     label = figure.score if figure.minus is None else f"{figure.score} minus {figure.minus}"
     canvas.colorbar(ScalarMappable(norm, colours), ax=list(panels), label=label)
@@ -68,7 +71,8 @@ def _map(canvas: Canvas, study: Study, figure: Figure) -> None:
 
 def _table(study: Study, figure: Figure, method: str) -> tuple[list[str], list[str], np.ndarray]:
     """Labels along x and y, and the mean score over seeds; the best over hyperparameters that are neither x nor y."""
-    groups = [group for group in settings_of(study.runs, method) if all(run.scores is not None for run in group)]
+    settings = settings_of(study.runs, method, figure.at)
+    groups = [group for group in settings if all(run.scores is not None for run in group)]
     subtract = _reference(study, figure)
     x, y = str(figure.x), str(figure.y)
     xs = sorted({group[0].setting[x] for group in groups}, key=_order)
@@ -85,8 +89,11 @@ def _table(study: Study, figure: Figure, method: str) -> tuple[list[str], list[s
 def _reference(study: Study, figure: Figure) -> dict[int, float]:
     if figure.minus is None:
         return {}
-    runs: list[Run] = best_setting(settings_of(study.runs, figure.minus), figure.score)
-    return {run.seed: score_of(run, figure.score) for run in runs}
+    return {run.seed: score_of(run, figure.score) for run in _best(study, figure, figure.minus)}
+
+
+def _best(study: Study, figure: Figure, method: str) -> list[Run]:
+    return best_setting(settings_of(study.runs, method, figure.at), figure.selected_by or figure.score)
 
 
 def _order(value: object) -> tuple[bool, float, str]:

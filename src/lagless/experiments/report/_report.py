@@ -20,18 +20,28 @@ RULE = (
     f"by Holm for the study's number of claims, has p < {LEVEL}; otherwise the effect was not seen. ± is one standard "
     "error over seeds."
 )
-_HEAD = ("claim", "source", "its number", "n", "difference ± s.e.", "p (Holm)", "verdict", "settings compared")
+_HEAD = (
+    "claim",
+    "source",
+    "number in the source",
+    "n",
+    "difference ± s.e.",
+    "p (Holm)",
+    "verdict",
+    "settings compared",
+)
 
 _CSS = """
 :root { color-scheme: light dark; --text: #1c1c1c; --soft: #5c5c5c; --back: #fff; --line: #d5d8dd; --box: #f3f4f6;
         --good: #00664b; --bad: #b03a00; }
 @media (prefers-color-scheme: dark) { :root { --text: #e8e8e8; --soft: #a8adb5; --back: #17191c; --line: #3b4048;
         --box: #23262b; --good: #4fd0a5; --bad: #ff9d66; } }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 64rem;
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 76rem;
        margin: 2rem auto; padding: 0 1rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); } .soft { color: var(--soft); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .4rem .6rem; border-bottom: 1px solid var(--line); }
+.scroll td:first-child, .scroll td:last-child { min-width: 15rem; } .scroll td:nth-child(5) { white-space: nowrap; }
 .reproduced { color: var(--good); font-weight: 600; } .contradicted { color: var(--bad); font-weight: 600; }
 img { width: 100%; max-width: 56rem; background: #fff; border: 1px solid var(--line); border-radius: 6px; }
 figure { margin: 1.5rem 0; } pre { background: var(--box); padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; }
@@ -128,11 +138,15 @@ def _side(method: str, side: Side) -> str:
 
 
 def _words(setting: Setting) -> str:
-    return " (" + ", ".join(f"{key} {value}" for key, value in setting.items()) + ")" if setting else ""
+    return " (" + ", ".join(f"{key} {_number(value)}" for key, value in setting.items()) + ")" if setting else ""
+
+
+def _number(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _making(study: Study) -> str:
-    machine = ", ".join(f"{key} {value}" for key, value in study.machine.items())
+    machine = ", ".join(f"{key} {value}" for key, value in study.machine.items() if value is not None)
     return (
         f"{len(study.runs)} runs and averages, {study.seconds / 60:.0f} minutes of computing; {machine}; "
         f"commit {study.commit or 'unknown'}."

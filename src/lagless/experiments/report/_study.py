@@ -25,6 +25,11 @@ class Run(_Record):
     setting: Setting = Field(description="its hyperparameters; one combination is one point of the tuning budget")
     seed: int = Field(description="of data order, initial weights and dropout; methods are paired by it")
     scores: dict[str, float] | None = Field(description="'split/metric' to value; null if the run diverged")
+    tuning: bool = Field(
+        default=False,
+        description="made to choose a setting, on seeds that are not reported; a method with such runs chooses by them "
+        "alone, among the settings that have all of its tuning seeds",
+    )
     curves: dict[str, list[tuple[float, float]]] = Field(default={}, description="'split/metric' to (step, value)")
 
 
@@ -42,9 +47,8 @@ class Claim(_Record):
         default=None, description="score by which each side's setting is chosen (smallest mean over seeds); null: `at`"
     )
     maximize: bool = Field(default=False, description="choose the largest instead of the smallest `selected_by`")
-    at: Setting = Field(
-        default={}, description="hyperparameters held fixed on the method's side, and on the baseline's"
-    )
+    at: Setting = Field(default={}, description="hyperparameters held fixed on both sides")
+    baseline_at: Setting | None = Field(default=None, description="on the baseline's side, in place of `at`")
 
 
 class Figure(_Record):
@@ -53,7 +57,12 @@ class Figure(_Record):
     kind: Literal["curves", "map"]
     caption: str
     score: str
-    methods: list[str] = Field(description="curves: one line each, at the setting with the smallest final score")
+    at: Setting = Field(default={}, description="hyperparameters held fixed")
+    methods: list[str] = Field(description="curves: one line each, at the chosen setting; maps: one panel each")
+    selected_by: str | None = Field(
+        default=None,
+        description="score by which a method's setting is chosen (smallest mean over seeds); null: `score`",
+    )
     x: str | None = Field(default=None, description="map: hyperparameter along x")
     y: str | None = Field(default=None, description="map: hyperparameter along y")
     minus: str | None = Field(default=None, description="map: the method that is subtracted, seed by seed")
