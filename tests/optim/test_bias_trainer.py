@@ -101,7 +101,7 @@ def test_trainer_equals_a_plain_loop(settings, checkpointing, weighed, tmp_path)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-5)
     report = optimizer.correction_report()[0]
-    assert report.cross_fit == settings["cross_fit"] and 0.0 < report.relative < 1.0
+    assert report.cross_fit == settings["cross_fit"] and 0.0 < report.relative < 2.0
 
 
 def test_losses_that_are_means_of_their_microbatches_weigh_the_same():
