@@ -127,8 +127,8 @@ def closed_loop_study(bench: Bench, begin: int, steps: int, title: str) -> None:
         question="Do averages answer more problems than the live weights, and does their accuracy swing less?",
         scale=f"Llama of 0.4 M parameters after {begin} of {BASE_STEPS} steps on sums, fine-tuned on 20,000 word "
         f"problems of one step, {steps} steps of 8 sequences of 64 tokens, AdamW 1e-3; {SAMPLES} "
-        f"responses at temperature 1 to each of {PROMPTS} problems whose numbers are not in the training data, every {EVERY} steps; "
-        "settings chosen by the loss of the answers to 150 others",
+        f"responses at temperature 1 to each of {PROMPTS} problems whose numbers are not in the training data, "
+        f"every {EVERY} steps; settings chosen by the loss of the answers to 150 others",
         claims=CLAIMS,
         figures=[
             Figure(
