@@ -11,4 +11,4 @@ from _collect import Bench
 from arithmetic_oscillation import closed_loop_study
 
 if __name__ == "__main__":
-    closed_loop_study(Bench("arithmetic-learning", __file__), 1250, 200, "Fine-tuning that teaches: word problems")
+    closed_loop_study(Bench("arithmetic-learning", __file__), 1250, 200, "Word problems: a start that learns")

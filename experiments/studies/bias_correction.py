@@ -191,47 +191,64 @@ def main() -> None:
     [start] = Trials(bench, recipe, START).run("start", {}, {"training.learning_rate": "0.002"}, [7])
     model = {"kind": "pretrained", "path": str(start.folder / f"checkpoint-{START_STEPS}")}
     trials = Trials(bench, recipe, COMMON | {"model": model})
-    tuned, reported, claims = {}, {}, list(BEST)
+    tuned, reported, claims = {}, {}, []
 
     def choose(method: Method, budget: tuple[int, int]) -> None:
         tuned[method.name] = tune(trials, method, *budget)
         run(method, tuned[method.name].position)
+        claims.extend(c for c in BEST if method.name in (c.method, c.baseline) and {c.method, c.baseline} <= set(tuned))
 
     def run(method: Method, position: Position) -> None:
         if (method.name, position) not in reported:
             reported[method.name, position] = [run for _, run in report(trials, method, position, "live")]
 
-    choose(ADAMW, ADAMW_BUDGET)
-    choose(LEAVE_ONE_OUT, ADAMW_BUDGET)
-    best = tuned[ADAMW.name].position
-    higher = (best[0] + 2,)
-    comparisons = [(text, method, best, baseline, source) for text, method, baseline, source in MATCHED]
-    comparisons += [(text, method, higher, ADAMW, f"{PAPER}: its rate and floor") for text, method in PUBLISHED]
-    for text, method, position, baseline, source in comparisons:
+    def compare(text: str, method: Method, baseline: Method, source: str, higher: int = 0) -> None:
+        best = tuned[ADAMW.name].position
+        position = (best[0] + higher,)
         run(method, position)
         run(baseline, best)
         claims.append(_at(text, method, position, baseline, best, source))
-    for method in (SOPHIA, SOPHIA_SPLIT, SHAMPOO, SHAMPOO_SPLIT):
-        choose(method, OTHERS_BUDGET)
-    bench.save(
-        trials.seconds,
-        title="Bias-corrected optimizers against the same ones uncorrected, matched",
-        question="Does correcting the biases of the preconditioner lower the loss, at the same tuning, rate, floor, "
-        "clipping and time?",
-        scale=f"Llama with 2 layers of width 64 and {VOCABULARY} tokens, books, {STEPS} steps of 8 sequences of 64 "
-        f"tokens in {FOLDS} microbatches from a model of {START_STEPS} steps, float32, warm-up of {WARMUP}, cosine",
-        claims=claims,
-        figures=[
-            Figure(
-                kind="curves",
-                caption="Validation loss at the settings chosen",
-                score="valid/loss",
-                methods=list(tuned),
-            ),
-        ],
-        runs=[run for found in tuned.values() for run in found.runs]
-        + [run for runs in reported.values() for run in runs],
-    )
+
+    def save() -> None:
+        stated = [*(claim.text for claim in BEST), *(each[0] for each in (*MATCHED, *PUBLISHED))]
+        done = {claim.text for claim in claims}
+        bench.save(
+            trials.seconds,
+            title="Bias-corrected optimizers against the same ones uncorrected, matched",
+            question="Does correcting the biases of the preconditioner lower the loss at the same tuning, rate, floor, "
+            "clipping and time?",
+            scale=f"Llama with 2 layers of width 64 and {VOCABULARY} tokens, books, {STEPS} steps of 8 sequences of 64 "
+            f"tokens in {FOLDS} microbatches from a model of {START_STEPS} steps, float32, warm-up of {WARMUP}, cosine",
+            claims=claims,
+            figures=[
+                Figure(
+                    kind="curves",
+                    caption="Validation loss at the settings chosen",
+                    score="valid/loss",
+                    methods=list(tuned),
+                ),
+            ],
+            runs=[run for found in tuned.values() for run in found.runs]
+            + [run for runs in reported.values() for run in runs],
+            notes=[f"Stated, and not run: {text}." for text in stated if text not in done],
+        )
+
+    # What matters most comes first, and what is finished is written: the whole takes two hours of one core.
+    choose(ADAMW, ADAMW_BUDGET)
+    choose(LEAVE_ONE_OUT, ADAMW_BUDGET)
+    for comparison in MATCHED[:3]:
+        compare(*comparison)
+    save()
+    for pair in ((SOPHIA, SOPHIA_SPLIT), (SHAMPOO, SHAMPOO_SPLIT)):
+        for method in pair:
+            choose(method, OTHERS_BUDGET)
+        save()
+    for comparison in MATCHED[3:]:
+        compare(*comparison)
+        save()
+    for text, method in PUBLISHED:
+        compare(text, method, ADAMW, f"{PAPER}: its rate and floor", higher=2)
+        save()
 
 
 if __name__ == "__main__":
