@@ -41,7 +41,7 @@ body { font: 16px/1.55 system-ui, sans-serif; color: var(--text); background: va
 h1 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); } .soft { color: var(--soft); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .4rem .6rem; border-bottom: 1px solid var(--line); }
-.scroll td:first-child, .scroll td:last-child { min-width: 15rem; } .scroll td:nth-child(5) { white-space: nowrap; }
+.scroll td:first-child, .scroll td:last-child { min-width: 15rem; } .scroll td:nth-child(5) { min-width: 9rem; }
 .reproduced { color: var(--good); font-weight: 600; } .contradicted { color: var(--bad); font-weight: 600; }
 img { width: 100%; max-width: 56rem; background: #fff; border: 1px solid var(--line); border-radius: 6px; }
 figure { margin: 1.5rem 0; } pre { background: var(--box); padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; }
