@@ -1,13 +1,20 @@
+import os
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 
+from lagless import native
 from lagless.posthoc import kernel
 
 
 @pytest.fixture
 def compiled():
     if kernel._library() is None:
+        assert "CI" not in os.environ, "no C compiler"
         pytest.skip("no C compiler")
 
 
@@ -85,3 +92,29 @@ def test_without_a_compiler_it_is_torch_mm(monkeypatch, compiler):
         assert kernel.Pieces([np.zeros(1, np.uint8)]).fill(np.zeros(1, np.int32), np.zeros(1, np.int64)) == 0
     finally:
         kernel._library.cache_clear()
+
+
+def test_many_threads_compile_once(monkeypatch):
+    run, runs = subprocess.run, []
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: (runs.append(a), run(*a, **k))[1])
+    native._compile.cache_clear()
+    kernel._library.cache_clear()
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda _: kernel._library() is None, range(8)))) == 1
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("broken", ["no folder", "no compiler"])
+def test_what_keeps_the_compiler_from_working_is_no_error(broken, monkeypatch):
+    if broken == "no folder":
+        monkeypatch.setattr(tempfile, "gettempdir", lambda: "/lagless-has-no-such-folder")
+    else:
+        monkeypatch.setenv("CC", "'a compiler' that is not there")
+    native._compile.cache_clear()
+    assert native.compile_source("product.c", ()) is None
+    native._compile.cache_clear()
+
+
+def test_an_empty_name_of_a_compiler_is_none_given(compiled, monkeypatch):
+    monkeypatch.setenv("CC", "")
+    assert native.compile_source("product.c", ()) is not None

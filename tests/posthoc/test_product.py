@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 from torch import Tensor
 
-from lagless.posthoc import CheckpointError, combine_checkpoints, fingerprint, kernel, open_checkpoint, stream_product
+from lagless.posthoc import (
+    CheckpointError,
+    blocks,
+    combine_checkpoints,
+    fingerprint,
+    kernel,
+    open_checkpoint,
+    stream_product,
+)
 from lagless.posthoc.blocks import block_width, covering_rows, scratch_bytes
 
 from .conftest import State, make_state, save_model, save_sharded
@@ -292,6 +301,23 @@ def test_memory_stays_within_its_bound(tmp_path: Path) -> None:
     before = _peak()
     stream_product(checkpoints, weights, lambda *_: None, memory=memory)
     assert _peak() - before <= memory
+
+
+def test_blocks_of_many_sizes_are_not_all_kept(tmp_path: Path) -> None:
+    for i in range(3):
+        save_model({f"t{n}": torch.zeros(n) for n in range(1, 40)}, tmp_path / f"checkpoint-{i}")
+    prepared = []
+    form = blocks.Workspace.form
+
+    def noting(self: blocks.Workspace, *arguments: Any) -> Any:
+        result = form(self, *arguments)
+        prepared.append(len(self._prepared))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks.Workspace, "form", noting)
+        stream_product(_open(tmp_path), np.ones(3), lambda *_: None, workers=1)
+    assert len(prepared) == 39 and max(prepared) == blocks._KEPT
 
 
 def _peak() -> int:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 import os
+import shlex
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
+_log = logging.getLogger("lagless")
+_LOCK = threading.Lock()
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
 _FEWEST = 1 << 16  # elements per thread; starting one takes as long as some ten thousand elements
 
@@ -25,28 +31,37 @@ REALS = {torch.float32: np.float32, torch.float64: np.float64}
 def compile_source(name: str, flags: Sequence[str]) -> ctypes.CDLL | None:
     """The functions of a C file of this folder; None without a working compiler, which the variable ``CC`` may name.
 
-    They are compiled for this very processor in a tenth of a second, so nothing is kept that another machine with the
-    same home folder could pick up.
+    They are compiled for this very processor in a fraction of a second, once per process, so nothing is kept that
+    another machine with the same home folder could pick up.
     """
+    with _LOCK:
+        return _compile(name, tuple(flags), os.environ.get("CC") or "cc")
+
+
+@functools.cache
+def _compile(name: str, flags: tuple[str, ...], compiler: str) -> ctypes.CDLL | None:
     source = Path(__file__).with_name(name)
-    compiler = os.environ.get("CC", "cc").split()
-    with tempfile.TemporaryDirectory(prefix="lagless-") as folder:
-        target = Path(folder, source.with_suffix(".so").name)
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="lagless-", ignore_cleanup_errors=True) as folder:
+            target = Path(folder, source.with_suffix(".so").name)
             # The flags come last: libraries are searched for what is asked for before them.
-            subprocess.run(
-                [*compiler, *_FLAGS, str(source), "-o", str(target), *flags], check=True, capture_output=True
-            )
+            command = [*shlex.split(compiler), *_FLAGS, str(source), "-o", str(target), *flags]
+            subprocess.run(command, check=True, capture_output=True, text=True)
             return ctypes.CDLL(str(target))
-        except (OSError, subprocess.CalledProcessError):
-            return None
+    except (OSError, subprocess.CalledProcessError) as error:
+        _log.info("%s is not compiled, slower code is used: %s %s", name, error, getattr(error, "stderr", ""))
+        return None
 
 
 def in_memory(row: Sequence[Tensor]) -> bool:
     """Whether tensors of one shape lie on the host, without gaps and in one type that C knows."""
     dtype = row[0].dtype
-    plain = all(type(t) in (Tensor, Parameter) and t.dtype == dtype and t.is_cpu and t.is_contiguous() for t in row)
-    return plain and dtype in REALS
+    return dtype in REALS and all(t.dtype == dtype and t.is_cpu and t.is_contiguous() and _is_plain(t) for t in row)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the values are what lies in memory: not computed by a subclass, negated when read, or zeros left out."""
+    return type(tensor) in (Tensor, Parameter) and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 class Rows:

@@ -24,7 +24,7 @@ enum { ROWS = 5 }; /* of a tensor: weights, gradient, first moment, second momen
             theta[i] = after;                                                                                   \
             m[i] = new_m;                                                                                       \
             v[i] = new_v;                                                                                       \
-            average[i] = target + weight * (after - target);                                                    \
+            average[i] = weight == 0 ? target : target + weight * (after - target);                             \
         }                                                                                                       \
     }                                                                                                           \
     static void *NAME##_share(void *given)                                                                      \

@@ -58,8 +58,8 @@ class PACE(AveragedOptimizer):
         average_dtype: of stored averages; None for float32 (wider where the parameters are), or ``torch.bfloat16``,
             rounded stochastically.
         compile: read and write everything once, for averages of one buffer, such as EMA; others go block by block.
-            On CPUs, in float32 and float64, all tensors are stepped by one call into C, which the machine's own
-            compiler makes in a tenth of a second; elsewhere each large tensor by a kernel of ``torch.compile``.
+            On CPUs, contiguous float32 and float64 tensors are stepped by one call into C (not with ``capturable``),
+            compiled in a fraction of a second; elsewhere each large tensor by a kernel of ``torch.compile``.
         capturable: keep step counts on the device and never wait for it, so that a step can be captured in a CUDA
             graph; a learning rate that changes must be a tensor on the device.
 

@@ -17,6 +17,7 @@ from lagless.posthoc.readers import FileReader, Reader, byte_view
 
 WIDEST = 8  # bytes of the widest type that is stored
 
+_KEPT = 8  # sizes of blocks to keep prepared: all of a tensor but the last are of one, and tensors come by size
 _GRAIN = 256  # elements; widths are multiples of it
 _PADDING = (
     16  # elements between rows: at a distance of a power of two they would compete for the same lines of the cache
@@ -121,7 +122,9 @@ class Workspace:
     def form(self, tensor: OpenTensor, start: int, count: int) -> tuple[Tensor, bool]:
         """The averages of ``count`` elements from ``start`` on, shape (G, count); whether the checked are finite."""
         key = count, tensor.types
-        if key not in self._prepared:  # few: all blocks of a tensor but the last are of one size
+        if key not in self._prepared:
+            if len(self._prepared) == _KEPT:
+                self._prepared.clear()
             self._prepared[key] = self._prepare(*key)
         prepared = self._prepared[key]
         tensor.read(start, prepared.pieces)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,8 @@ class FileReader:
         try:
             return os.open(self._path, os.O_RDONLY)
         except OSError as error:
-            raise CheckpointError(f"{self._path}: cannot be opened ({error.strerror}). Is it being deleted?") from error
+            advice = "Raise ulimit -n." if error.errno == errno.EMFILE else "Is it being deleted?"
+            raise CheckpointError(f"{self._path}: cannot be opened ({error.strerror}). {advice}") from error
 
     @property
     def place(self) -> tuple[int, int] | None:
