@@ -35,7 +35,9 @@ def machine() -> dict[str, object]:
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
     commit = ""
     if shutil.which("git"):
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+        ).stdout.strip()
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": cpu,

@@ -52,7 +52,9 @@ def main() -> None:
     """Run what is missing and write the results."""
     bench = Bench("pace-continued", __file__)
     recipe = "pace-pretrain-small"
-    [start] = Trials(bench, recipe, START | {"method.returned": "live"}).run("start", {}, {"training.learning_rate": "0.002"}, [7])
+    [start] = Trials(bench, recipe, START | {"method.returned": "live"}).run(
+        "start", {}, {"training.learning_rate": "0.002"}, [7]
+    )
     model = {"kind": "pretrained", "path": str(start.folder / f"checkpoint-{START_STEPS}")}
     trials = Trials(bench, recipe, COMMON | {"model": model, "training.micro_batch_size": 8})
     tuned, reported = {}, {}

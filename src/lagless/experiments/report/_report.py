@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
 from html import escape
 from os import PathLike
@@ -123,7 +124,7 @@ def _cells(finding: Finding) -> tuple[str, ...]:
         claim.source,
         claim.number or "none given",
         str(difference.n),
-        f"{difference.value:+.4f} ± {difference.standard_error:.4f} ({claim.score})",
+        f"{with_error(difference.value, difference.standard_error)} ({claim.score})",
         f"{finding.p_value:.2g}",
         finding.verdict.value,
         f"{_side(claim.method, finding.method)}; {_side(claim.baseline, finding.baseline)}"
@@ -151,3 +152,15 @@ def _making(study: Study) -> str:
         f"{len(study.runs)} runs and averages, {study.seconds / 60:.0f} minutes of computing; {machine}; "
         f"commit {study.commit or 'unknown'}."
     )
+
+
+def with_error(value: float, error: float) -> str:
+    """A number with its standard error, both to the error's second digit.
+
+    >>> with_error(-0.000352, 0.0000123), with_error(0.37, 0.052)
+    ('-0.000352 ± 0.000012', '+0.370 ± 0.052')
+    """
+    if not 0.0 < error < math.inf:
+        return f"{value:+.4g} ± {error:.2g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:+.{decimals}f} ± {error:.{decimals}f}"
