@@ -238,15 +238,17 @@ class PACE(AveragedOptimizer):
 
 def _step_whole(rows: list[Row], k: PaceConstants, step: int) -> list[Row]:
     """Step the parameters for which one pass over memory is possible; returns the others."""
-    if whole := [row for row in rows if fits_call(row)]:
+    whole, large, others = [], [], []
+    for row in rows:
+        (whole if fits_call(row) else large if fits_kernel(row) else others).append(row)
+    if whole:
         step_in_one_call(whole, k)
-    rows = [row for row in rows if not fits_call(row)]
-    if large := [row for row in rows if fits_kernel(row)]:
+    if large:
         device = large[0][0].device
         constants = torch.tensor((*k, step), dtype=exact_dtype(device)).to(device, non_blocking=True)
         for row in large:
             step_in_one_kernel(row, constants)
-    return [row for row in rows if not fits_kernel(row)]
+    return others
 
 
 def _constants(group: dict[str, Any], step: Any, lr: Any, decay: Any, weight: Any) -> PaceConstants:
