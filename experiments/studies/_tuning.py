@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from _collect import Bench, once, seconds_of
@@ -91,6 +92,31 @@ def pattern_search(axes: Sequence[Axis], loss: Callable[[Position], float], budg
     return tried
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Text that nothing is chosen by.
+
+    Attributes:
+        data: its file.
+        tokenizer: the folder of one.
+        count: sequences of it; None for all.
+    """
+
+    data: str
+    tokenizer: str
+    count: int | None
+
+
+def on_books(bench: Bench, common: Mapping[str, Any]) -> tuple[dict[str, Any], HeldOut]:
+    """Fields of a recipe with those that name the books, and held-out books."""
+    place = bench.work.parent / "passages"
+    fields = prepare(bench.data, place)
+    test = HeldOut(str(place / "test.jsonl.gz"), fields["model.tokenizer"], TEST_SEQUENCES)
+    if "model" in common:  # one that exists has its own tokenizer
+        del fields["model.tokenizer"]
+    return {**common, **fields}, test
+
+
 class Trials:
     """Runs of one recipe.
 
@@ -98,18 +124,14 @@ class Trials:
         bench: of the study.
         recipe: its name.
         common: fields that are changed for all runs.
+        test: what is reported.
 
     Attributes:
         cells: finished runs by folder.
     """
 
-    def __init__(self, bench: Bench, recipe: str, common: Mapping[str, Any]) -> None:
-        self.bench, self.recipe = bench, recipe
-        fields = prepare(bench.data, bench.work.parent / "passages")
-        self.tokenizer = fields["model.tokenizer"]
-        if "model" in common:  # one that exists has its own tokenizer
-            del fields["model.tokenizer"]
-        self.common = {**common, **fields}
+    def __init__(self, bench: Bench, recipe: str, common: Mapping[str, Any], test: HeldOut) -> None:
+        self.bench, self.recipe, self.common, self.test = bench, recipe, common, test
         self.cells: dict[Path, Cell] = {}
 
     def run(
@@ -143,9 +165,9 @@ class Trials:
 
     @cached_property
     def _test(self) -> Sequences:
-        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-        data = str(self.bench.work.parent / "passages" / "test.jsonl.gz")
-        return held_out_sequences(data, tokenizer, length=self.common["data.sequence_length"], count=TEST_SEQUENCES)
+        tokenizer = AutoTokenizer.from_pretrained(self.test.tokenizer)
+        length = self.common["data.sequence_length"]
+        return held_out_sequences(self.test.data, tokenizer, length=length, count=self.test.count)
 
     def test_loss(self, cell: Cell, weights: str) -> float:
         """Nats per token of a run's weights on held-out text that nothing was chosen by."""
@@ -216,36 +238,54 @@ class Tuned:
     """What a method's search found: the records of its runs, and the choice."""
 
     runs: list[Run]
-    tried: dict[Position, float]  # on the first tuning seed
     position: Position
     weights: str
     loss: float  # of the choice, the mean over the tuning seeds
 
 
+Cells = dict[tuple[Position, int], Cell]  # by position and seed
+
+
 def tune(trials: Trials, method: Method, budget: int = BUDGET, finalists: int = FINALISTS) -> Tuned:
-    """Choose a setting on the tuning seeds."""
+    """Choose a setting on the tuning seeds by a search."""
     first, second = TUNING_SEEDS
-    cells: dict[tuple[Position, int], Cell] = {}
+    cells: Cells = {}
 
-    def losses(position: Position, seed: int) -> dict[str, float]:
-        folder = f"{method.place}-tuning"
-        [cells[position, seed]] = trials.run(folder, method.changes, method.settings(position)[1], [seed])
-        return method.losses(cells[position, seed])
+    def loss(position: Position) -> float:
+        return min(method.losses(_tuning_run(trials, method, cells, position, first)).values())
 
-    tried = pattern_search(method.axes, lambda position: min(losses(position, first).values()), budget)
-    last = sorted(tried, key=lambda position: tried[position])[:finalists]
-    means = {
-        (position, weights): (loss + method.losses(cells[position, first])[weights]) / 2
-        for position in last
-        for weights, loss in losses(position, second).items()
-    }
-    runs = [
-        method.run_of(cell, position, weights, tuning=True)
-        for (position, _), cell in cells.items()
-        for weights in method.losses(cell)
-    ]
+    tried = pattern_search(method.axes, loss, budget)
+    for position in sorted(tried, key=lambda position: tried[position])[:finalists]:
+        _tuning_run(trials, method, cells, position, second)
+    return _choose(method, cells)
+
+
+def full_grid(trials: Trials, method: Method, positions: Iterable[Position]) -> Tuned:
+    """Choose among all ``positions``, each on all tuning seeds."""
+    cells: Cells = {}
+    for position in positions:
+        for seed in TUNING_SEEDS:
+            _tuning_run(trials, method, cells, position, seed)
+    return _choose(method, cells)
+
+
+def _tuning_run(trials: Trials, method: Method, cells: Cells, position: Position, seed: int) -> Cell:
+    folder = f"{method.place}-tuning"
+    [cell] = trials.run(folder, method.changes, method.settings(position)[1], [seed])
+    cells[position, seed] = cell
+    return cell
+
+
+def _choose(method: Method, cells: Cells) -> Tuned:
+    """The setting, of those that ran on all tuning seeds, with the best mean."""
+    runs, losses = [], {}
+    for (position, _), cell in cells.items():
+        for weights, loss in method.losses(cell).items():
+            runs.append(method.run_of(cell, position, weights, tuning=True))
+            losses.setdefault((position, weights), []).append(loss)
+    means = {key: fmean(each) for key, each in losses.items() if len(each) == len(TUNING_SEEDS)}
     position, weights = min(means, key=lambda key: means[key])
-    return Tuned(runs, tried, position, weights, means[position, weights])
+    return Tuned(runs, position, weights, means[position, weights])
 
 
 def report(trials: Trials, method: Method, position: Position, weights: str) -> list[tuple[Cell, Run]]:

@@ -12,12 +12,14 @@ from typing import Any
 
 from _collect import Bench
 from _passages import VOCABULARY
-from _tuning import Axis, Method, Position, Trials, factors, report, tune
+from _tuning import Axis, Method, Position, Trials, factors, on_books, report, tune
 
 from lagless.experiments.report import Claim, Figure
 
 START_STEPS, STEPS, WARMUP, FOLDS = 300, 100, 20, 4
-ADAMW_BUDGET, OTHERS_BUDGET = (7, 2), (5, 1)  # settings, and how many of them run on the second tuning seed too
+# Settings, and how many of them run on the second tuning seed too. Sophia's were as Shampoo's until the best rate of its
+# split form was the lowest tried.
+ADAMW_BUDGET, SOPHIA_BUDGET, SHAMPOO_BUDGET = (7, 2), (9, 2), (5, 1)
 
 START: dict[str, Any] = {
     "model.config": {
@@ -188,9 +190,9 @@ def main() -> None:
     """Run what is missing and write the results."""
     bench = Bench("bias-correction", __file__)
     recipe = "bias-pretrain-small"
-    [start] = Trials(bench, recipe, START).run("start", {}, {"training.learning_rate": "0.002"}, [7])
+    [start] = Trials(bench, recipe, *on_books(bench, START)).run("start", {}, {"training.learning_rate": "0.002"}, [7])
     model = {"kind": "pretrained", "path": str(start.folder / f"checkpoint-{START_STEPS}")}
-    trials = Trials(bench, recipe, COMMON | {"model": model})
+    trials = Trials(bench, recipe, *on_books(bench, COMMON | {"model": model}))
     tuned, reported, claims = {}, {}, []
 
     def choose(method: Method, budget: tuple[int, int]) -> None:
@@ -239,9 +241,9 @@ def main() -> None:
     for comparison in MATCHED[:3]:
         compare(*comparison)
     save()
-    for pair in ((SOPHIA, SOPHIA_SPLIT), (SHAMPOO, SHAMPOO_SPLIT)):
+    for pair, budget in (((SOPHIA, SOPHIA_SPLIT), SOPHIA_BUDGET), ((SHAMPOO, SHAMPOO_SPLIT), SHAMPOO_BUDGET)):
         for method in pair:
-            choose(method, OTHERS_BUDGET)
+            choose(method, budget)
         save()
     for comparison in MATCHED[3:]:
         compare(*comparison)

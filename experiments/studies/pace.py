@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from _collect import Bench
 from _passages import VOCABULARY
-from _tuning import Axis, Method, Setting, Trials, best_of, factors, report, steps, tune
+from _tuning import Axis, Method, Setting, Trials, best_of, factors, on_books, report, steps, tune
 
 from lagless.experiments.recipes._method import Pace
 from lagless.experiments.report import Claim, Figure
@@ -195,7 +195,7 @@ def _clamped(cell: Cell) -> float:
 def main() -> None:
     """Run what is missing and write the results."""
     bench = Bench("pace", __file__)
-    trials = Trials(bench, "pace-pretrain-small", COMMON)
+    trials = Trials(bench, "pace-pretrain-small", *on_books(bench, COMMON))
     tuned, reported, notes = {}, {}, list(NOTES)
     for method in METHODS:
         chosen = tuned[method.name] = tune(trials, method)
