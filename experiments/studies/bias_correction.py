@@ -17,8 +17,8 @@ from _tuning import Axis, Method, Position, Trials, factors, on_books, report, t
 from lagless.experiments.report import Claim, Figure
 
 START_STEPS, STEPS, WARMUP, FOLDS = 300, 100, 20, 4
-# Settings, and how many of them run on the second tuning seed too. Sophia's were as Shampoo's until the best rate of its
-# split form was the lowest tried.
+# Settings, and how many of them run on the second tuning seed too. Sophia's were as Shampoo's until the best rate of
+# its split form was the lowest tried.
 ADAMW_BUDGET, SOPHIA_BUDGET, SHAMPOO_BUDGET = (7, 2), (9, 2), (5, 1)
 
 START: dict[str, Any] = {
