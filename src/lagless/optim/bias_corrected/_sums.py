@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lagless.averaging._sharding import Sharding
 from lagless.optim._kernels import compiled, fits_kernel, flat
 
 BUCKET = 32 * 2**20  # bytes: a copy that is small beside a model, and large enough that latency does not count
@@ -107,6 +108,18 @@ def sum_over(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> None:
         if len(bucket) > 1:
             parts = message.split([t.numel() for t in bucket])
             torch._foreach_copy_(bucket, [part.view(t.shape) for part, t in zip(parts, bucket, strict=True)])
+
+
+def over_shards(value: Tensor, tensor: Tensor) -> Tensor:
+    """The sum of ``value`` over the ranks that hold different parts of ``tensor``; itself where it is whole."""
+    sharding = Sharding.of(tensor)
+    if sharding.mesh is None:
+        return value
+    value = value.clone()
+    for dimension, placement in enumerate(sharding.placements):
+        if not placement.is_replicate():
+            dist.all_reduce(value, group=sharding.mesh.get_group(dimension))
+    return value
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
