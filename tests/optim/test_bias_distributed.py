@@ -292,10 +292,8 @@ def matrices(dimension, settings):
         for layer in (model[2], model[4]) if dimension else (model[0], model[2], model[4]):
             fully_shard(layer, mesh=mesh, shard_placement_fn=lambda p: Shard(min(dimension, p.dim() - 1)))
         fully_shard(model, mesh=mesh)
-    optimizer = BiasCorrectedShampoo(
-        model.named_parameters(),
-        **{"damping": 1e-2, "lr": 0.1, "root_freq": 2, "standard": (), "report_freq": 1, **settings},
-    )
+    settings = {"damping": 1e-2, "lr": 0.1, "root_freq": 2, "standard": (), "report_freq": 1} | settings
+    optimizer = BiasCorrectedShampoo(model.named_parameters(), **settings)
     if dimension is None:
         optimizer._microbatches.group = None
     return model, optimizer
