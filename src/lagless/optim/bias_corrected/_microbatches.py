@@ -257,12 +257,11 @@ class Microbatches:
         # Halves alternate, since how many microbatches will come is not known; over ranks too, for one each.
         return (microbatch + rank) % 2
 
-    @torch.no_grad()
     def _arrived(self, parameter: Tensor) -> None:
         """A microbatch's gradient has been added to ``parameter.grad``."""
         track, grad = self._tracks[parameter], parameter.grad
         assert grad is not None
-        accumulated = local(grad)
+        accumulated = local(grad)  # without its graph, if it has one
         # FSDP sets gradients without autograd's leaf hooks.
         seen = parameter in self._incoming
         gradient = self._incoming.pop(parameter, None)

@@ -62,7 +62,8 @@ class BiasCorrectedShampoo(BiasCorrected):
             along the new ones, from the microbatches' gradients, which are kept, n buffers.
         adamw_betas: of what is stepped with AdamW, and of grafting.
         adamw_eps: likewise.
-        compile: step large contiguous tensors that go to AdamW by one kernel of ``torch.compile``.
+        compile: step contiguous tensors that go to AdamW by one call into C on CPUs, large ones elsewhere by one kernel
+            of ``torch.compile``.
         standard: parts of names of parameters for AdamW; () for none.
         report_freq: fewest steps between records for :meth:`correction_report`, made when roots are; 0 for never.
         process_group: data-parallel processes, all of whose microbatches are folds; None for the default group.
