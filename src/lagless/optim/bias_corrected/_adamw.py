@@ -59,8 +59,8 @@ class BiasCorrectedAdamW(BiasCorrected):
         alpha: in [0, 1], for split: the weight of B's mean square in s; the rest is ḡ_A².
         adaptive_alpha: multiply α by the cosine of the two, per tensor.
         constants: of the corrections: "derived", or "reference" as in the authors' code.
-        compile: read and write everything once in a step. On CPUs, contiguous float32 and float64 tensors are stepped by
-            one call into C, compiled in a fraction of a second, for leave_one_out with ``folds="moments"`` and where
+        compile: read and write everything once in a step. On CPUs, contiguous float32 and float64 tensors are stepped
+            by one call into C, compiled in a fraction of a second, for leave_one_out with ``folds="moments"`` and where
             nothing is corrected; other forms, and elsewhere, large tensors by a kernel of ``torch.compile``, and their
             microbatches are added to several sums by one. Steps that are recorded, and those with ``folds="exact"``, go
             block by block.
