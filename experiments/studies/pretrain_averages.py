@@ -7,11 +7,13 @@ seeds. Both schedules have the same peak, which is not tuned.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from _averages import averages_study, paper_claims, paper_figures
 from _collect import SEEDS, Bench, seconds_of
 from _passages import prepare
 
-STEPS, SAVE, PHIS = 120, 10, (10, 30)
+SAVE, PHIS = 10, (10, 30)
 WARMUP = 20
 SCHEDULES = {kind: f"{{kind: {kind}, warmup_steps: {WARMUP}}}" for kind in ("constant", "cosine")}
 METHODS = {"constant": ("ema", "bema", "ouema", "dema"), "cosine": ("bema",)}
@@ -19,22 +21,32 @@ COMMON = {
     "method.optimizer": "{kind: adamw}",
     "method.returned": "live",
     "data.sequence_length": "64",
-    "training.max_steps": str(STEPS),
     "training.batch_size": "8",
     "training.micro_batch_size": "8",
     "training.evaluation_batch_size": "8",
     "training.save_every": str(SAVE),
-    "evaluation.every": str(STEPS),
     "evaluation.sequences": "40",
 }
 
 
-def main() -> None:
-    """Run what is missing, then write the study."""
-    bench = Bench("pretrain-averages", __file__)
+def pretraining(bench: Bench, steps: int, changes: Mapping[str, str], title: str, size: str) -> None:
+    """Run what is missing, then write the study.
+
+    Args:
+        bench: of the study.
+        steps: of training.
+        changes: of the recipe.
+        title: of the study.
+        size: of the model.
+    """
     files = prepare(bench.data, bench.work / "passages")
+    length = {"training.max_steps": str(steps), "evaluation.every": str(steps)}
     cells = bench.sweep(
-        "pace-pretrain-small", "runs", files | COMMON, {"method.schedule": list(SCHEDULES.values())}, SEEDS
+        "pace-pretrain-small",
+        "runs",
+        files | COMMON | length | dict(changes),
+        {"method.schedule": list(SCHEDULES.values())},
+        SEEDS,
     )
     named = {text: schedule for schedule, text in SCHEDULES.items()}
     claims = paper_claims(PHIS[0], "cosine")
@@ -50,10 +62,10 @@ def main() -> None:
     )
     bench.save(
         seconds_of(cells),
-        title="Averages beside pretraining on books",
+        title=title,
         question="Do averages beat the live weights in pretraining, and do they do what decay of the rate does?",
-        scale="Llama of 0.9 M parameters on passages of 249 books, 120 steps of 8 sequences of 64 tokens, AdamW 2e-3 "
-        "after 20 steps of warm-up; 40 validation and 160 test sequences from 10 other books",
+        scale=f"Llama of {size} parameters on passages of 249 books, {steps} steps of 8 sequences of 64 tokens, AdamW "
+        f"2e-3 after {WARMUP} steps of warm-up; 40 validation and 160 test sequences from 10 other books",
         claims=claims,
         figures=paper_figures(),
         runs=runs,
@@ -66,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    pretraining(Bench("pretrain-averages", __file__), 120, {}, "Averages beside pretraining on books", "0.9 M")

@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import shutil
+import tempfile
 import time
 import warnings
 from typing import NamedTuple
@@ -9,12 +11,15 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from lagless.averaging._sharding import local
 from lagless.optim import BiasCorrectedAdamW, BiasCorrectedShampoo, BiasCorrectedSophia
 from lagless.optim.bias_corrected import _sums
 
@@ -265,8 +270,93 @@ def sharded(rank):
             optimizer.step()
         same([p.detach() for p in model.parameters()], expected, f"FSDP, {name}")
         assert all(isinstance(s["exp_avg"], DTensor) for s in optimizer.state.values())
-    with pytest.raises(NotImplementedError, match="these parameters are sharded"):
-        shampoo(model, None)
+    with pytest.raises(ValueError, match="folds='exact'; it must be 'lagged' in data parallel"):
+        BiasCorrectedShampoo(model.named_parameters(), folds="exact")
+
+
+SHAMPOO = {
+    "standard": {"cross_fit": "none", "standard": ("2.",)},
+    "split": {"norm_clip": 1.0, "grafting": "none"},
+    "inverse": {"cross_fit": "none", "inverse_correction": "pre_ema"},
+    "split inverse in blocks": {"inverse_correction": "post_ema", "block_size": 2},
+}
+
+
+def matrices(dimension, settings):
+    """A model whose parameters are cut along ``dimension``, or not cut if that is None, with its optimizer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    model[4].weight.data[:, 3:] = 0.0  # some ranks' parts have no gradient at first, but are clipped as the others
+    if dimension is not None:
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in (model[2], model[4]) if dimension else (model[0], model[2], model[4]):
+            fully_shard(layer, mesh=mesh, shard_placement_fn=lambda p: Shard(min(dimension, p.dim() - 1)))
+        fully_shard(model, mesh=mesh)
+    settings = {"damping": 1e-2, "lr": 0.1, "root_freq": 2, "standard": (), "report_freq": 1} | settings
+    optimizer = BiasCorrectedShampoo(model.named_parameters(), **settings)
+    if dimension is None:
+        optimizer._microbatches.group = None
+    return model, optimizer
+
+
+def train_matrices(model, optimizer, data, weights=None):
+    for step in data:
+        for j, x in enumerate(step):
+            loss = 10.0 * model(x).square().mean() / len(step)
+            if weights is not None:
+                optimizer.weigh_microbatch(weights[j])
+                loss *= weights[j]
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+def sharded_matrices(rank):
+    """Shampoo under FSDP2, whatever dimension is cut: factors are of whole matrices."""
+    data = batches(5, 8).view(5, 4, 2, 4, 3)
+    cases = [(name, form, None) for name, form in SHAMPOO.items()]
+    for name, form, weights in [*cases, ("weighed", {"inverse_correction": "post_ema"}, WEIGHTS)]:
+        alone, single = matrices(None, form)
+        expected = train_matrices(alone, single, data.flatten(2, 3), weights)
+        for dimension in (0, 1):
+            model, optimizer = matrices(dimension, form)
+            found = train_matrices(model, optimizer, data[:, :, rank], weights)
+            same(found, expected, f"Shampoo under FSDP, {name}, {dimension}")
+            states = [s for s in optimizer.state.values() if "left_factor_0" in s]
+            assert len(states) == (1 if name == "standard" else 2)  # the last layer is a vector
+            assert all(isinstance(s["exp_avg"], DTensor) for s in states)
+            numbers = [local(t).numel() for s in optimizer.state.values() for t in s.values() if t.dim()]
+            assert optimizer.state_bytes() == 8 * sum(numbers)
+            if name != "standard":
+                [a], [b] = optimizer.correction_report(), single.correction_report()
+                assert [a.relative, a.cosine, a.dispersion] == pytest.approx(
+                    [b.relative, b.cosine, b.dispersion], rel=1e-9, nan_ok=True
+                )
+
+
+def resumed_matrices(rank):
+    """torch.distributed.checkpoint takes momentum by its shards and factors as they are."""
+    data = batches(6, 8).view(6, 4, 2, 4, 3)[:, :, rank]
+    place = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(place)
+    model, optimizer = matrices(0, {"inverse_correction": "post_ema"})
+    train_matrices(model, optimizer, data[:3])
+    dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=place[0])
+    expected = [p.full_tensor() for p in train_matrices(model, optimizer, data[3:])]
+    for dimension, exact in ((0, True), (1, False)):
+        model, optimizer = matrices(dimension, {"inverse_correction": "post_ema"})
+        train_matrices(model, optimizer, data[3:4])
+        weights, state = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=place[0])
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+        found = [p.full_tensor() for p in train_matrices(model, optimizer, data[3:])]
+        same(found, expected, f"resumed, {dimension}")
+        assert not exact or all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(place[0])
 
 
 def abandoned_shards(rank):
@@ -414,6 +504,8 @@ def work(rank, store):
         refusals,
         one_microbatch_per_rank,
         sharded,
+        sharded_matrices,
+        resumed_matrices,
         abandoned_shards,
         not_finite_on_one_rank,
         curvature,

@@ -1,4 +1,6 @@
-"""Compiled steps and sums of the bias-corrected optimizers are those of the pure update, by one kernel each."""
+"""Compiled steps and sums of the bias-corrected optimizers are those of the pure update, by one kernel or call each."""
+
+import os
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch._inductor import metrics
 
 from lagless.optim import BiasCorrectedAdamW, BiasCorrectedShampoo, BiasCorrectedSophia
 from lagless.optim._kernels import SMALLEST
+from lagless.optim.bias_corrected import _adam_step, _one_call
 from lagless.updates import AdamForm, EmaWeights, Group, Moments, adam_folds, fed_moments, two_nodes
 
 SIZE = SMALLEST + 37
@@ -19,12 +22,13 @@ ADAMW = {
 SETTINGS = {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1, "report_freq": 0}
 
 
-def accumulate(weights, step, microbatches):
+def accumulate(weights, step, microbatches, weigh=lambda j: 1.0):
     """Gradients of mean 0.3 and deviation 1."""
     for j in range(microbatches):
+        share = weigh(j) / microbatches
         generator = torch.Generator().manual_seed(100 * step + j)
         noise = [torch.randn(w.shape, generator=generator) + 0.3 for w in weights]
-        sum((w * g.to(w.dtype)).sum() for w, g in zip(weights, noise, strict=True)).div(microbatches).backward()
+        sum((w * g.to(w.dtype)).sum() for w, g in zip(weights, noise, strict=True)).mul(share).backward()
         yield [g.double() for g in noise]
 
 
@@ -37,19 +41,96 @@ def sophia(weights, **settings):
     return BiasCorrectedSophia([(f"w{i}", w) for i, w in enumerate(weights)], **settings)
 
 
-def run(make, shapes, steps=4, dtype=torch.float32, **settings):
+def run(make, shapes, steps=4, dtype=torch.float32, unequal=None, **settings):
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
     optimizer = make(weights, **settings)
+
+    def weigh(j):
+        optimizer.weigh_microbatch(unequal[j])
+        return unequal[j]
+
     for step in range(steps):
         optimizer.zero_grad()
-        for gradients in accumulate(weights, step, 3 if step == 2 else 4):
+        for gradients in accumulate(weights, step, 3 if step == 2 else 4, *([weigh] if unequal else [])):
             if isinstance(optimizer, BiasCorrectedSophia) and optimizer.curvature_due:
                 optimizer.add_curvature(sum((w * g).sum() for w, g in zip(weights, gradients, strict=True)))
         optimizer.step()
     return torch.cat([w.detach().flatten().double() for w in weights])
 
 
+@pytest.fixture
+def no_c(monkeypatch):
+    """As on a device."""
+    monkeypatch.setattr(_adam_step, "fits_call", lambda *_: False)
+
+
+@pytest.fixture
+def in_c(monkeypatch):
+    """The shapes of the tensors that are stepped by a call into C."""
+    if _one_call._library() is None:
+        assert "CI" not in os.environ, "no C compiler"
+        pytest.skip("no C compiler")
+    step, shapes = _adam_step.step_in_one_call, []
+    monkeypatch.setattr(
+        _adam_step, "step_in_one_call", lambda form, row, k: shapes.append(row[0].shape) or step(form, row, k)
+    )
+    return shapes
+
+
+IN_C = {
+    "plain": {"cross_fit": "none"},
+    "plain at first": {"warm_start": 2},
+    "leave one out": {},
+    "jackknife": {"inverse_correction": "jackknife"},
+    "no epsilon": {"inverse_correction": "jackknife", "eps": 1e-12},
+    "clipped": {"update_clip": 0.5},
+}
+
+
+@pytest.mark.parametrize("form", IN_C.values(), ids=IN_C)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("unequal", [None, (3.0, 1.0, 0.0, 2.0)], ids=str)
+def test_one_call_into_c_is_the_eager_step(form, threads, unequal, in_c, monkeypatch):
+    monkeypatch.setattr("lagless.native._FEWEST", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    shapes = [(7, 43), (), (1,), (0,), (1000,), (3, 5, 7)]
+    settings = {"dtype": torch.float64, "unequal": unequal, "warm_start": 0, **form}
+    found = run(adamw, shapes, compile=True, **settings)
+    assert len(in_c) == 4 * len(shapes)
+    torch.testing.assert_close(found, run(adamw, shapes, **settings), rtol=1e-11, atol=1e-12)
+    settings["dtype"] = torch.float32
+    if "eps" not in form:  # where a fold without gradient has no preconditioner, rounding decides
+        difference = run(adamw, shapes, compile=True, **settings) - run(adamw, shapes, **settings)
+        assert difference.abs().quantile(0.99) < 2e-6
+
+
+def test_equal_microbatches_have_no_negative_variance_in_c(in_c):
+    weight = nn.Parameter(torch.randn(999, generator=torch.Generator().manual_seed(3)))
+    before, optimizer = weight.detach().clone(), adamw([weight], warm_start=0, compile=True, weight_decay=0.0, eps=0.0)
+    for _ in range(7):
+        (weight * before).sum().div(7).backward()
+    optimizer.step()
+    assert len(in_c) == 1
+    torch.testing.assert_close(weight.detach(), before - 0.05 * before.sign(), rtol=0, atol=1e-4)
+
+
+def test_what_c_does_not_know_goes_elsewhere(in_c):
+    settings = {"warm_start": 0, "compile": True}
+    run(adamw, [(5, 7)], constants="reference", inverse_correction="jackknife", **settings)
+    run(adamw, [(5, 7)], folds="skewed", **settings)
+    run(adamw, [(5, 7)], cross_fit="none", support_clip=1.0, inverse_correction="pre_ema", **settings)
+    run(adamw, [(5, 7)], dtype=torch.bfloat16, **settings)
+    run(adamw, [(5, 7)], report_freq=1, **settings)
+    assert in_c == []
+    turned = nn.Parameter(torch.randn(7, 5).T)
+    optimizer = adamw([turned], **settings)
+    list(accumulate([turned], 0, 4))
+    optimizer.step()
+    assert in_c == []
+
+
+@pytest.mark.usefixtures("no_c")
 @pytest.mark.parametrize("form", ADAMW.values(), ids=ADAMW)
 def test_compiled_adamw_is_the_eager_one(form):
     torch._dynamo.reset()
@@ -71,7 +152,9 @@ def test_compiled_bfloat16_is_the_eager_one():
     assert difference.max() < 5e-2 and difference.mean() < 1e-3
 
 
-def test_compiled_leave_one_out_is_the_pure_update():
+@pytest.mark.parametrize("execution", ["no_c", "in_c"])
+def test_compiled_leave_one_out_is_the_pure_update(execution, request):
+    request.getfixturevalue(execution)
     theta = torch.randn(SIZE, generator=torch.Generator().manual_seed(0))
     weight = nn.Parameter(theta.clone())
     optimizer = adamw([weight], compile=True)
@@ -96,6 +179,7 @@ def test_compiled_sophia_is_the_eager_one():
     assert not torch.equal(compiled, eager)
 
 
+@pytest.mark.usefixtures("no_c")
 def test_compiled_shampoo_is_the_eager_one():
     """What is no matrix goes to AdamW."""
 
@@ -107,6 +191,7 @@ def test_compiled_shampoo_is_the_eager_one():
     assert not torch.equal(compiled, eager)
 
 
+@pytest.mark.usefixtures("no_c")
 def test_new_numbers_need_no_new_kernel():
     torch._dynamo.reset()
     weights = [nn.Parameter(torch.randn(shape)) for shape in ((SIZE,), (300, 400), (2, 256, 256))]
@@ -122,7 +207,9 @@ def test_new_numbers_need_no_new_kernel():
     assert counters["stats"]["unique_graphs"] == 0
 
 
-def test_autograd_notices_that_a_kernel_changed_the_weights():
+@pytest.mark.parametrize("execution", ["no_c", "in_c"])
+def test_autograd_notices_that_a_kernel_changed_the_weights(execution, request):
+    request.getfixturevalue(execution)
     weight = nn.Parameter(torch.ones(SIZE))
     optimizer = adamw([weight], compile=True)
     loss = weight.square().sum()
@@ -133,6 +220,7 @@ def test_autograd_notices_that_a_kernel_changed_the_weights():
         loss.backward()
 
 
+@pytest.mark.usefixtures("no_c")
 @pytest.mark.parametrize(
     "settings", [{"folds": "exact"}, {"report_freq": 1, "cross_fit": "none", "inverse_correction": "post_ema"}], ids=str
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from lagless.optim._blocks import local
 from lagless.optim._kernels import compiled, fits_kernel, flat, on_device
 from lagless.optim.bias_corrected._elements import move, pieces
 from lagless.optim.bias_corrected._microbatches import Collected, Weights, scale_of
+from lagless.optim.bias_corrected._one_call import fits_call, step_in_one_call
 from lagless.optim.bias_corrected._report import CorrectionSums
 from lagless.optim.bias_corrected._sums import Power
 from lagless.updates import (
@@ -84,7 +86,12 @@ def adam_update(
     row = [local(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"], *totals.values())]
     powers, counts = tuple(totals), None if found is None else (found.count, found.halves)
     weights = None if found is None else found.weights
-    if group["compile"] and not samples and sums is None and fits_kernel(row):
+    fused = group["compile"] and not samples and sums is None
+    if fused and clips[0] is None and fits_call(form, row):
+        step_in_one_call(form, row, _numbers_in_c(k, clips[2], found))
+        increment_version(row[0])  # autograd notices changed weights only through the tensors it knows
+        return
+    if fused and fits_kernel(row):
         numbers = on_device(k, row[2].dtype, row[2].device)
         ratio = None if found is None else found.ratio.to(numbers.dtype)
         unequal = None
@@ -103,6 +110,15 @@ def adam_update(
         else:
             groups = _groups_of_sums(form, mean, powers, counts, weights, ratio, rest)
         _step(form, clips, k, groups, live, mean, m, v, sums if found is not None else None)
+
+
+def _numbers_in_c(k: Numbers, largest: float | None, found: Collected | None) -> tuple[float, ...]:
+    """What :func:`step_in_one_call` takes."""
+    others, scale = 1.0, 0.0
+    if found is not None:
+        others, scale = found.count - 1.0, float(found.ratio) ** 2 / found.weights.total
+    ema = (k.first, k.second, k.m_old, k.m_new, k.v_old, k.v_new)
+    return (1.0 - k.lr * k.weight_decay, k.lr, k.eps, *ema, others, scale, math.inf if largest is None else largest)
 
 
 def _one_pass(

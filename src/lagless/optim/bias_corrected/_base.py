@@ -6,7 +6,7 @@ import logging
 import math
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -84,7 +84,7 @@ class BiasCorrected(Optimizer):
                 loss = closure()
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         collected = self._microbatches.read(parameters)
-        finite = self._all_finite(parameters, [t for found in collected.values() for t in found.totals.values()])
+        finite = self._all_finite(parameters, [found.totals for found in collected.values()])
         # Followers of this optimizer's steps look here, as they do for those that a gradient scaler skips.
         self.found_inf = torch.tensor(float(not finite))
         if finite:
@@ -234,7 +234,7 @@ class BiasCorrected(Optimizer):
                 "optimizer was, or set cross_fit='none' and inverse_correction='none'."
             )
 
-    def _all_finite(self, parameters: Sequence[Tensor], totals: Sequence[Tensor]) -> bool:
+    def _all_finite(self, parameters: Sequence[Tensor], sums: Iterable[dict[Any, Tensor]]) -> bool:
         if not parameters:
             return True
         if any(p.grad is not None and p.grad.is_sparse for p in parameters):
@@ -242,11 +242,14 @@ class BiasCorrected(Optimizer):
                 f"{type(self).__name__}: sparse gradients; use dense ones, e.g. sparse=False in Embedding."
             )
         finite = torch.stack([n.float() for n in norms(parameters)]).isfinite().all()
-        filled = [t for t in totals if t.numel()]
-        if filled:
-            # Of fourth powers the largest: their Euclidean norm is infinite before they are.
-            wide = max((t.dtype for t in filled), key=lambda d: d.itemsize)
-            finite &= torch.stack(torch._foreach_norm(filled, math.inf, dtype=wide)).isfinite().all()
+        # Sums of powers may overflow where gradients do not, those of even ones upwards; NaN is the largest of all.
+        # Not their Euclidean norm: of fourth powers it is infinite before they are.
+        filled = [(key.exponent % 2, t) for totals in sums for key, t in totals.items() if t.numel()]
+        even, odd = ([t for rest, t in filled if rest == parity] for parity in (0, 1))
+        extremes = [*(torch._foreach_max(even) if even else ()), *(t for each in odd for t in torch.aminmax(each))]
+        if extremes:
+            wide = max((t.dtype for t in extremes), key=lambda d: d.itemsize)
+            finite &= torch.stack([t.to(wide) for t in extremes]).isfinite().all()
         sharded = next((p for p in parameters if isinstance(p, DTensor)), None)
         if sharded is not None:
             return not bool(sum_over_mesh((~finite).float(), sharded))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lagless.averaging._sharding import Sharding, gather
 from lagless.optim.bias_corrected._sums import Power, rescale
 from lagless.updates import energies
 
@@ -91,49 +92,66 @@ class Partition:
 class FactorSums:
     """What a step's microbatches add to a matrix's factors.
 
+    Of a sharded matrix every rank has the sums of all of it, for which microbatches are gathered, one matrix at a time,
+    in the steps that take roots. The sum for the momentum is of this rank's part.
+
     Args:
         partition: of the matrix.
         split: whether momentum and factors come from different halves.
         measure: whether to measure energies along ``vectors``.
+        sharding: of the matrix.
 
     Attributes:
         due: whether the next step takes roots; nothing but momentum is summed otherwise.
         vectors: of every factor, or empty before the first roots.
     """
 
-    def __init__(self, partition: Partition, split: bool, measure: bool) -> None:
-        self.partition, self._split, self._measure = partition, split, measure
+    def __init__(self, partition: Partition, split: bool, measure: bool, sharding: Sharding) -> None:
+        self.partition, self._split, self._measure, self._sharding = partition, split, measure, sharding
+        self._half = 1 if split else None  # of the microbatches that count for the factors
         self.totals: dict[Any, Tensor] = {}
         self.due = True
         self.vectors: list[Tensor] = []
 
     def add(self, gradient: Tensor, half: int, fresh: bool, weight: float = 1.0) -> None:
         """Count a microbatch of ``half``, ``weight`` times its mean gradient; the first one if ``fresh``."""
-        g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         if fresh:
-            self.totals.clear()
-        if self._split:
-            self._take(self.partition.numerator, half, g.clone)
-        if not self.due:
+            self._start(gradient)
+        if self._split and half == 0:
+            self.totals[self.partition.numerator] += gradient
+        grams, measured = self._wanted
+        if self._half not in (None, half) or not (grams or measured):
             return
+        g, scale = gather(self._sharding.present(gradient)).to(_wide(gradient)), rescale(weight, 2)
         for i, factor in enumerate(self.partition.factors):
             block = factor.of(g)
-            if self._split:
-                scale = rescale(weight, 2)
-                self._take(factor.gram, half, lambda block=block, scale=scale: scale * (block @ block.mT))
-            if self._measure and self.vectors:
-                of = 1 if self._split else None
-                energy = rescale(weight, 2) * energies(block, self.vectors[i])
-                self._take(factor.energy(2, of), half, energy.clone)
-                self._take(factor.energy(4, of), half, lambda e=energy: rescale(weight, 2) * e.square())
+            if grams:
+                self.totals[factor.gram].add_(block @ block.mT, alpha=scale)
+            if measured:
+                energy = scale * energies(block, self.vectors[i])
+                self.totals[factor.energy(2, self._half)] += energy
+                self.totals[factor.energy(4, self._half)].add_(energy.square(), alpha=scale)
 
-    def _take(self, key: Any, half: int, value: Callable[[], Tensor]) -> None:
-        """Add to a sum, if it is of this half; make it in any case, since all processes must have the same sums."""
-        mine = key.half in (None, half)
-        if key not in self.totals:
-            self.totals[key] = value() if mine else torch.zeros_like(value())
-        elif mine:
-            self.totals[key].add_(value())
+    @property
+    def _wanted(self) -> tuple[bool, bool]:
+        """Whether to sum G Gᵀ, and energies."""
+        return self.due and self._split, self.due and self._measure and bool(self.vectors)
+
+    def _start(self, like: Tensor) -> None:
+        """Make all sums, of 0: processes must have the same, whatever half their microbatches are of."""
+        self.totals, dtype = {}, _wide(like)
+        if self._split:
+            self.totals[self.partition.numerator] = torch.zeros_like(like, dtype=dtype)
+        grams, measured = self._wanted
+        for factor in self.partition.factors:
+            keys = [(factor.gram, 2)] if grams else []
+            keys += [(factor.energy(exponent, self._half), 1) for exponent in (2, 4)] if measured else []
+            for key, dimensions in keys:
+                self.totals[key] = torch.zeros([factor.size] * dimensions, dtype=dtype, device=like.device)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _cut(size: int, longest: int) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,8 +22,9 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import unserializable_hook
 from torch.utils.weak import TensorWeakRef
 
+from lagless.averaging._sharding import Sharding
 from lagless.optim._blocks import local
-from lagless.optim.bias_corrected._sums import Sums, sum_over
+from lagless.optim.bias_corrected._sums import Sums, over_shards, sum_over
 
 
 class Weights(NamedTuple):
@@ -202,8 +204,10 @@ class Microbatches:
             if any(key.half is not None for _, track in present for key in track.sums.totals):
                 reached = [(int(a), int(b)) for a, b in counts.tolist()]
         before = torch.stack([track.norm for _, track in present if track.norm is not None])
+        after = torch.stack(norms([p for p, _ in present]))
+        before, after = _of_whole([p for p, _ in present], torch.stack([before, after]))
         # p.grad is this times the mean of the gradients seen, by whatever it was unscaled and clipped.
-        ratios = torch.where(before > 0.0, torch.stack(norms([p for p, _ in present])) / before, 1.0)
+        ratios = torch.where(before > 0.0, after / before, 1.0)
         processes = 1 if self.group is None else self.group.size()
         ratios = ratios * (self.count if weights is None else weights.total / processes)
         shares = None if weights is None or mine is None else tuple(w / weights.total for w in mine)
@@ -253,12 +257,11 @@ class Microbatches:
         # Halves alternate, since how many microbatches will come is not known; over ranks too, for one each.
         return (microbatch + rank) % 2
 
-    @torch.no_grad()
     def _arrived(self, parameter: Tensor) -> None:
         """A microbatch's gradient has been added to ``parameter.grad``."""
         track, grad = self._tracks[parameter], parameter.grad
         assert grad is not None
-        accumulated = local(grad)
+        accumulated = local(grad)  # without its graph, if it has one
         # FSDP sets gradients without autograd's leaf hooks.
         seen = parameter in self._incoming
         gradient = self._incoming.pop(parameter, None)
@@ -321,6 +324,19 @@ def _within_backward() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _of_whole(parameters: Sequence[Tensor], norms: Tensor) -> Tensor:
+    """Norms of whole gradients, from those of this rank's parts; shape (..., number of parameters)."""
+    alike: defaultdict[Any, list[int]] = defaultdict(list)
+    for i, p in enumerate(parameters):
+        sharding = Sharding.of(p)
+        if sharding.mesh is not None:
+            alike[sharding.mesh, tuple(each.is_replicate() for each in sharding.placements)].append(i)
+    for some in alike.values():
+        squares = norms[..., some].double().square()
+        norms[..., some] = over_shards(squares, parameters[some[0]]).sqrt().to(norms.dtype)
+    return norms
 
 
 def norms(parameters: Sequence[Tensor]) -> list[Tensor]:

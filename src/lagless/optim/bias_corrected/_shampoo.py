@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from lagless.averaging._sharding import Sharding, gather, is_sharded, local
 from lagless.optim.bias_corrected._adam_step import PLAIN, adam_state, adam_update
 from lagless.optim.bias_corrected._base import STANDARD, BiasCorrected, tensors_of
 from lagless.optim.bias_corrected._elements import move
@@ -25,7 +25,7 @@ from lagless.optim.bias_corrected._hyperparameters import (
 )
 from lagless.optim.bias_corrected._microbatches import Collected
 from lagless.optim.bias_corrected._report import CorrectionSums
-from lagless.optim.bias_corrected._sums import Sums
+from lagless.optim.bias_corrected._sums import Sums, over_shards
 from lagless.updates import Eigenbasis, EmaWeights, Spread, eigenbasis, energies, inverse_fourth_root, two_nodes
 
 _log = logging.getLogger("lagless")
@@ -62,14 +62,14 @@ class BiasCorrectedShampoo(BiasCorrected):
             along the new ones, from the microbatches' gradients, which are kept, n buffers.
         adamw_betas: of what is stepped with AdamW, and of grafting.
         adamw_eps: likewise.
-        compile: step large contiguous tensors that go to AdamW by one kernel of ``torch.compile``.
+        compile: step contiguous tensors that go to AdamW by one call into C on CPUs, large ones elsewhere by one kernel
+            of ``torch.compile``.
         standard: parts of names of parameters for AdamW; () for none.
         report_freq: fewest steps between records for :meth:`correction_report`, made when roots are; 0 for never.
         process_group: data-parallel processes, all of whose microbatches are folds; None for the default group.
 
     Raises:
         ValueError: for a hyperparameter out of range.
-        NotImplementedError: for sharded parameters, of which no process has whole matrices.
 
     Reference:
         Gupta et al., arXiv 1802.09568, Algorithm 1; Nayak et al., arXiv 2605.20756. As in the latter's code, factors
@@ -128,13 +128,13 @@ class BiasCorrectedShampoo(BiasCorrected):
         total = 0
         for group in self.param_groups:
             for p in group["params"]:
-                size = torch.promote_types(p.dtype, torch.float32).itemsize
+                size, mine = torch.promote_types(p.dtype, torch.float32).itemsize, local(p).numel()
                 if not _is_matrix(group, p):
-                    total += 2 * p.numel() * size
+                    total += 2 * mine * size
                     continue
                 per_factor = 3 if _lagged(group) else 2
                 squares = sum(f.size**2 for f in Partition(p.shape, group["block_size"]).factors)
-                total += (p.numel() * (2 if group["grafting"] == "adamw" else 1) + per_factor * squares) * size
+                total += (mine * (2 if group["grafting"] == "adamw" else 1) + per_factor * squares) * size
         return total
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -166,21 +166,15 @@ class BiasCorrectedShampoo(BiasCorrected):
         reason = ": the method has no other form for matrices; each fold would need eigendecompositions of its own"
         allowed = "'none' or 'split'" + (reason if group["cross_fit"] in ("symmetric", "leave_one_out") else "")
         require(self, group, "cross_fit", group["cross_fit"] in ("none", "split"), allowed)
-        alone = self._microbatches.group is None
+        alone = self._microbatches.group is None and not any(map(is_sharded, tensors_of(group)))
         require(self, group, "folds", alone or group["folds"] != "exact", "'lagged' in data parallel")
-        if any(isinstance(p, DTensor) and _is_matrix(group, p) for p in tensors_of(group)):
-            raise NotImplementedError(
-                f"{type(self).__name__} needs whole matrices; these parameters are sharded. Use "
-                "DistributedDataParallel, or BiasCorrectedAdamW."
-            )
 
     def _needs(self, group: dict[str, Any], parameter: Tensor) -> tuple[Sums | None, bool]:
         if not _is_matrix(group, parameter) or not self._corrects(group):
             return None, False
         keep = group["folds"] == "exact" and group["inverse_correction"] != "none"
-        sums = FactorSums(
-            Partition(parameter.shape, group["block_size"]), group["cross_fit"] == "split", _lagged(group)
-        )
+        partition, split = Partition(parameter.shape, group["block_size"]), group["cross_fit"] == "split"
+        sums = FactorSums(partition, split, _lagged(group), Sharding.of(parameter))
         self._factor_sums[parameter] = sums
         self._prepare(group, parameter)
         return sums, keep
@@ -242,8 +236,8 @@ class BiasCorrectedShampoo(BiasCorrected):
         """
         by_size: defaultdict[int, list[tuple[Tensor, Factor]]] = defaultdict(list)
         for p in parameters:
-            for factor in Partition(p.shape, group["block_size"]).factors:
-                fed = self._fed(group, p, factor, collected.get(p))
+            factors = Partition(p.shape, group["block_size"]).factors
+            for factor, fed in zip(factors, self._fed(group, p, factors, collected.get(p)), strict=True):
                 self.state[p][factor.name("factor")].lerp_(fed, 1.0 - group["betas"][1])
                 by_size[factor.size].append((p, factor))
         bases, dispersions = {}, defaultdict(list)
@@ -261,13 +255,16 @@ class BiasCorrectedShampoo(BiasCorrected):
                     state[factor.name("vectors")] = basis.vectors.clone()
         return bases, dispersions
 
-    def _fed(self, group: dict[str, Any], p: Tensor, factor: Factor, found: Collected | None) -> Tensor:
-        """S_L or S_R of one block."""
-        assert p.grad is not None
+    def _fed(
+        self, group: dict[str, Any], p: Tensor, factors: Sequence[Factor], found: Collected | None
+    ) -> Iterator[Tensor]:
+        """S_L or S_R of every block."""
         if group["cross_fit"] == "split" and found is not None and all(found.reached):
-            return found.mean(factor.gram)
-        block = factor.of(p.grad.to(self.state[p]["exp_avg"].dtype))
-        return block @ block.mT
+            yield from (found.mean(factor.gram) for factor in factors)
+            return
+        assert p.grad is not None
+        mean = gather(p.grad).to(self.state[p]["exp_avg"].dtype)
+        yield from (block @ block.mT for block in (factor.of(mean) for factor in factors))
 
     def _variance(
         self, group: dict[str, Any], p: Tensor, factor: Factor, basis: Eigenbasis, found: Collected | None
@@ -302,35 +299,37 @@ class BiasCorrectedShampoo(BiasCorrected):
         report: CorrectionSums | None,
     ) -> None:
         assert p.grad is not None
-        state, partition = self.state[p], Partition(p.shape, group["block_size"])
-        m, dtype = state["exp_avg"], state["exp_avg"].dtype
-        mean = p.grad.to(dtype)
+        state, partition, sharding = self.state[p], Partition(p.shape, group["block_size"]), Sharding.of(p)
+        m = local(state["exp_avg"])
+        mean = local(p.grad).to(m.dtype)
         split = group["cross_fit"] == "split" and found is not None and all(found.reached)
         fed = found.mean(partition.numerator) if split and found is not None else mean
         if (p, partition.factors[0]) not in bases:
             report = None  # without a gradient in some step, its roots are taken in other ones
         old = m.clone() if report is not None else m
         m.lerp_(fed, 1.0 - group["betas"][0])
-        update = partition.multiply(m, [state[f.name("root")] for f in partition.factors])
+        update = partition.multiply(gather(state["exp_avg"]), [state[f.name("root")] for f in partition.factors])
         if group["norm_clip"] is not None:
             update *= (group["norm_clip"] / torch.linalg.vector_norm(update).clamp(min=1e-30)).clamp(max=1.0)
         if report is not None:
             roots = [inverse_fourth_root(bases[p, f], None, group["largest_root"]) for f in partition.factors]
-            standard = old.lerp_(mean, 1.0 - group["betas"][0])
+            standard = gather(sharding.present(old.lerp_(mean, 1.0 - group["betas"][0])))
             report.add(update, partition.multiply(standard, roots), dispersion)
         if group["grafting"] == "adamw":
             update *= self._adamw_norm(group, p, mean) / torch.linalg.vector_norm(update).clamp(min=1e-30)
-        move(p, update, group["lr"], group["weight_decay"])
+        move(local(p), sharding.part_of(update), group["lr"], group["weight_decay"])
 
     def _adamw_norm(self, group: dict[str, Any], p: Tensor, mean: Tensor) -> Tensor:
         """‖m̂/(√v̂ + ε)‖ of AdamW with this momentum."""
         state = self.state[p]
         weights = EmaWeights.at(group["adamw_betas"], int(state["step"]))
         b1, b2 = group["betas"][0], group["adamw_betas"][1]
-        state["exp_avg_sq"].lerp_(mean * mean, 1.0 - b2)
-        second = state["exp_avg_sq"] * (weights.v_new / (1.0 - b2))
-        momentum = state["exp_avg"] / (1.0 - b1 ** int(state["step"]))
-        return torch.linalg.vector_norm(momentum / (second.sqrt_() + group["adamw_eps"]))
+        m, v = local(state["exp_avg"]), local(state["exp_avg_sq"])
+        v.lerp_(mean * mean, 1.0 - b2)
+        second = v * (weights.v_new / (1.0 - b2))
+        momentum = m / (1.0 - b1 ** int(state["step"]))
+        square = (momentum / (second.sqrt_() + group["adamw_eps"])).square_().sum()
+        return over_shards(square, p).sqrt()
 
 
 def _is_matrix(group: dict[str, Any], p: Tensor) -> bool:

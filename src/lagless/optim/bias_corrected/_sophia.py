@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -235,11 +235,10 @@ class BiasCorrectedSophia(BiasCorrected):
     def _needs(self, group: dict[str, Any], parameter: Tensor) -> tuple[Sums | None, bool]:
         return PowerSums((Power(1, 0),), group["compile"]) if group["cross_fit"] == "split" else None, False
 
-    def _all_finite(self, parameters: Sequence[Tensor], totals: Sequence[Tensor]) -> bool:
+    def _all_finite(self, parameters: Sequence[Tensor], sums: Iterable[dict[Any, Tensor]]) -> bool:
         if self._microbatches.group is not None and self.curvature_due:  # all ranks are due together
             self._reduce(self._microbatches.group)
-        curvature = [total for sums in self._curvature.values() for total in sums.totals.values()]
-        return super()._all_finite(parameters, [*totals, *curvature])
+        return super()._all_finite(parameters, [*sums, *(own.totals for own in self._curvature.values())])
 
     def _reduce(self, over: dist.ProcessGroup) -> None:
         """Replace curvature and its counts by those of all processes, which need not have reached the same."""

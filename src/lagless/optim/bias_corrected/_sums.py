@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lagless.averaging._sharding import Sharding
 from lagless.optim._kernels import compiled, fits_kernel, flat
 
 BUCKET = 32 * 2**20  # bytes: a copy that is small beside a model, and large enough that latency does not count
@@ -43,24 +44,28 @@ class PowerSums:
 
     Args:
         powers: which ones.
-        compile: add to all of them by one kernel, where the gradient is large and contiguous.
+        compile: add to several of them by one kernel, where the gradient is large and contiguous.
     """
 
     def __init__(self, powers: Sequence[Power], compile: bool = False) -> None:
         self.powers, self._compile = tuple(powers), compile
+        self._of_half = [[power for power in self.powers if power.half in (None, half)] for half in (0, 1)]
         self.totals: dict[Power, Tensor] = {}
 
     def add(self, gradient: Tensor, half: int, fresh: bool, weight: float = 1.0) -> None:
         """Count a microbatch of ``half``, ``weight`` times its mean gradient; the first one if ``fresh``."""
-        self.start(gradient)
-        for power in self.powers:
-            if fresh and power.half not in (None, half):
-                self.totals[power].zero_()
-        mine = [power for power in self.powers if power.half in (None, half)]
+        if not self.totals:
+            self.start(gradient)
+        mine = self._of_half[half]
+        if fresh and len(mine) < len(self.powers):
+            for power in self.powers:
+                if power not in mine:
+                    self.totals[power].zero_()
         if not mine:
             return
-        exponents, row = tuple(power.exponent for power in mine), [gradient, *(self.totals[power] for power in mine)]
-        if self._compile and weight == 1.0 and fits_kernel(row):  # another kernel per weight otherwise
+        exponents, row = [power.exponent for power in mine], [gradient, *(self.totals[power] for power in mine)]
+        # One sum is one operation anyway, and every weight would need another kernel.
+        if self._compile and len(mine) > 1 and weight == 1.0 and fits_kernel(row):
             compiled(_add_powers)(exponents, fresh, 1, *map(flat, row))
         else:
             _add_powers(exponents, fresh, weight, *row)
@@ -78,17 +83,20 @@ def rescale(weight: float, exponent: int) -> float:
     return weight ** (1 - exponent) if weight else 0.0
 
 
-def _add_powers(exponents: tuple[int, ...], fresh: bool, weight: float, gradient: Tensor, *totals: Tensor) -> None:
+def _add_powers(exponents: Sequence[int], fresh: bool, weight: float, gradient: Tensor, *totals: Tensor) -> None:
     """``total ← total + w·(gradient/w)^exponent``, from 0 if ``fresh``."""
-    g = gradient.to(totals[0].dtype)
+    g = gradient if gradient.dtype == totals[0].dtype else gradient.to(totals[0].dtype)
     square = g * g if max(exponents) > 2 else g
     for exponent, total in zip(exponents, totals, strict=True):
+        factors = square if exponent > 2 else g, square if exponent == 4 else g
+        if fresh and exponent > 1 and weight == 1.0:
+            torch.mul(*factors, out=total)
+            continue
         if fresh:
             total.zero_()
         if exponent == 1:
             total.add_(g)
         else:
-            factors = square if exponent > 2 else g, square if exponent == 4 else g
             total.addcmul_(*factors, value=rescale(weight, exponent))
 
 
@@ -107,6 +115,18 @@ def sum_over(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> None:
         if len(bucket) > 1:
             parts = message.split([t.numel() for t in bucket])
             torch._foreach_copy_(bucket, [part.view(t.shape) for part, t in zip(parts, bucket, strict=True)])
+
+
+def over_shards(value: Tensor, tensor: Tensor) -> Tensor:
+    """The sum of ``value`` over the ranks that hold different parts of ``tensor``; itself where it is whole."""
+    sharding = Sharding.of(tensor)
+    if sharding.mesh is None:
+        return value
+    value = value.clone()
+    for dimension, placement in enumerate(sharding.placements):
+        if not placement.is_replicate():
+            dist.all_reduce(value, group=sharding.mesh.get_group(dimension))
+    return value
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
