@@ -5,6 +5,7 @@ Importing them takes longer than most of what a process is started for here.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -112,5 +113,6 @@ def _call(target: Callable[..., Any], arguments: tuple[Any, ...], output: Path, 
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.environ.update(env)
+    gc.freeze()  # garbage is sought in what is made from here on
     torch.set_num_threads(1)
     target(*arguments)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import lagless
 from lagless import BEMA, DEMA, EMA, OUEMA, trajectory_weights
+from lagless.cli import main
 from lagless.experiments.demo import Shape, run_demo
 from lagless.experiments.demo._words import command, python_code, scaled_code
 from lagless.posthoc import average_checkpoints
@@ -141,12 +142,14 @@ def test_report_is_one_file_with_numbers_and_commands(demo):
     assert "averager.attach(optimizer)" in page
 
 
-def test_command_in_the_report_makes_the_average_again(demo, tmp_path):
+def test_command_in_the_report_makes_the_average_again(demo, tmp_path, monkeypatch):
     result, _ = demo
     row = result.row("BEMA")
     _, *arguments = shlex.split(command(result, row).replace("\\\n", ""))
     arguments[arguments.index("-o") + 1] = str(tmp_path / "again")
-    subprocess.check_call([sys.executable, "-m", "lagless", *arguments], stdout=subprocess.DEVNULL)
+    monkeypatch.setattr(sys, "argv", ["lagless", *arguments])
+    with pytest.raises(SystemExit, match="^0$"):
+        main()
     again, streamed = weights(tmp_path / "again"), weights(result.out / "averages" / row.folder)
     for parameter, value in streamed.items():
         assert torch.allclose(again[parameter], value, rtol=1e-5, atol=1e-6)

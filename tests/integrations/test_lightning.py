@@ -337,10 +337,10 @@ def test_resumed_equals_never_stopped(tmp_path, storage):
         trainer, _ = fit(tmp_path, callback, saved, module=module, train=loader(), **settings)
         return trainer, module, callback, saved.last_model_path
 
-    whole_trainer, whole_module, whole, _ = run(tmp_path / "whole", 4)
-    path = run(tmp_path / "part", 2)[-1]
-    trainer, module, resumed, last = run(tmp_path / "part", 4, ckpt_path=path)
-    assert resumed.averager.step == whole.averager.step == trainer.global_step == whole_trainer.global_step == 16
+    whole_trainer, whole_module, whole, _ = run(tmp_path / "whole", 2)
+    path = run(tmp_path / "part", 1)[-1]
+    trainer, module, resumed, last = run(tmp_path / "part", 2, ckpt_path=path)
+    assert resumed.averager.step == whole.averager.step == trainer.global_step == whole_trainer.global_step == 8
     assert same(list(module.state_dict().values()), list(whole_module.state_dict().values()))
     assert_same_averages(averages(resumed), averages(whole))
     loaded = load_average(last, "bema")
