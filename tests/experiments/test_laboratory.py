@@ -1,6 +1,7 @@
 """The laboratory: what its captions say is in its numbers, and its files are whole."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -25,6 +26,7 @@ if importlib.util.find_spec("matplotlib") is None:
     pytest.skip("the laboratory draws with matplotlib", allow_module_level=True)
 
 from lagless.experiments.laboratory import (
+    _laboratory,
     advise,
     estimate_checkpoints,
     print_advice,
@@ -35,6 +37,7 @@ from lagless.experiments.laboratory._checkpoints import sample_ranges
 from lagless.experiments.laboratory._distances import PROCESS, draw_figure_2, follow_rules, reached, rms, start_distance
 from lagless.experiments.laboratory._drawing import _spread, plain
 from lagless.experiments.laboratory._laboratory import Effort, make_primer_figures, run_laboratory
+from lagless.experiments.laboratory._paths import draw_path
 from lagless.experiments.laboratory._preconditioning import biases, cancellation, draw_biases, draw_cancellation
 from lagless.experiments.laboratory._primers import PRIMERS
 from lagless.experiments.laboratory._pulls import draw_controls, draw_guarantees, draw_pull
@@ -54,7 +57,15 @@ def curves():
 
 
 @pytest.fixture(scope="module")
-def laboratory(tmp_path_factory):
+def primers():
+    """The figures of the primers, each drawn once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_laboratory, "PRIMERS", {name: functools.cache(draw) for name, draw in PRIMERS.items()})
+        yield
+
+
+@pytest.fixture(scope="module")
+def laboratory(primers, tmp_path_factory):
     out = tmp_path_factory.mktemp("laboratory") / "out"
     return run_laboratory(out, console=quiet(), effort=SMALL)
 
@@ -192,8 +203,8 @@ def test_nothing_is_left_behind_on_failure(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr("lagless.experiments.laboratory._laboratory.write_page", fail)
-    monkeypatch.setattr("lagless.experiments.laboratory._laboratory.PRIMERS", {})
+    monkeypatch.setattr(_laboratory, "write_page", fail)
+    monkeypatch.setattr(_laboratory, "_parts", lambda *_: [("section", "part", lambda: [draw_path(0)])])
     with pytest.raises(RuntimeError, match="no"):
         run_laboratory(tmp_path / "out", console=quiet(), effort=SMALL)
     assert not list(tmp_path.iterdir())
@@ -202,7 +213,7 @@ def test_nothing_is_left_behind_on_failure(tmp_path, monkeypatch):
 # Primers
 
 
-def test_every_primer_has_its_figure_and_no_other(tmp_path):
+def test_every_primer_has_its_figure_and_no_other(primers, tmp_path):
     assert {path.stem for path in PRIMER_TEXTS} == set(PRIMERS)
     written = make_primer_figures(tmp_path / "figures", console=quiet())
     assert sorted(path.name for path in written) == sorted(f"{name}.png" for name in PRIMERS)
