@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from lagless import cli
 
 TIMEOUT = 240  # seconds for a launch
+GRACE = 60  # seconds that the others have when one failed
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -84,10 +86,12 @@ def launch(target: Callable[..., Any], world: int, *arguments: Any, timeout: flo
 
 
 def join(*processes: ForkServerProcess, timeout: float = TIMEOUT) -> None:
-    """Wait until all have ended; kill those that take longer than ``timeout`` seconds."""
+    """Wait until all have ended; kill those that take longer than ``timeout`` seconds, or wait for one that failed."""
     deadline = time.monotonic() + timeout
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
+    while (running := [p for p in processes if p.is_alive()]) and (left := deadline - time.monotonic()) > 0:
+        wait([process.sentinel for process in running], left)
+        if any(process.exitcode for process in processes):
+            deadline = min(deadline, time.monotonic() + GRACE)
     for process in processes:
         process.kill()
         process.join()
