@@ -88,13 +88,15 @@ def launch(target: Callable[..., Any], world: int, *arguments: Any, timeout: flo
 def join(*processes: ForkServerProcess, timeout: float = TIMEOUT) -> None:
     """Wait until all have ended; kill those that take longer than ``timeout`` seconds, or wait for one that failed."""
     deadline = time.monotonic() + timeout
-    while (running := [p for p in processes if p.is_alive()]) and (left := deadline - time.monotonic()) > 0:
-        wait([process.sentinel for process in running], left)
-        if any(process.exitcode for process in processes):
-            deadline = min(deadline, time.monotonic() + GRACE)
-    for process in processes:
-        process.kill()
-        process.join()
+    try:
+        while (running := [p for p in processes if p.is_alive()]) and (left := deadline - time.monotonic()) > 0:
+            wait([process.sentinel for process in running], left)
+            if any(process.exitcode for process in processes):
+                deadline = min(deadline, time.monotonic() + GRACE)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def run_script(path: Path, *arguments: Any) -> None:
