@@ -20,8 +20,6 @@ from lagless import BEMA, DEMA, EMA, OUEMA, Averager, WindowAverage
 from lagless.averaging._sharding import Sharding
 from lagless.posthoc import CheckpointError
 
-from .ranks import run_checks
-
 RULES = {
     "bema": BEMA(update_freq=2, update_after=1),
     "ema": EMA(decay=0.9),
@@ -442,6 +440,3 @@ def check_one_rank_failing_to_save_leaves_the_old_file(rank: int, world: int, fo
 
 
 CHECKS = {name: value for name, value in list(globals().items()) if name.startswith("check_")}
-
-if __name__ == "__main__":
-    run_checks(CHECKS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import weakref
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from lagless.posthoc.destination import Destination
 from lagless.posthoc.writer import ModelWriter
 
 from .averager_checks import full, move, same
-from .ranks import run_checks
 
 RULES = {"bema": BEMA(update_freq=10), "lawa": WindowAverage(update_freq=10, window=2)}
 MESHES = {"rows": [Shard(0)], "columns": [Shard(1)], "copies": [Replicate()]}
@@ -182,7 +180,6 @@ def check_stored_checkpoints(rank: int, world: int, folder: Path) -> None:
 
 def check_models_that_accelerate_shards(rank: int, world: int, folder: Path) -> None:
     """Accelerate shards on accelerators only: its state is told so here, and everything after that is its own."""
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost"}
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin = FullyShardedDataParallelPlugin(
@@ -249,6 +246,3 @@ def check_one_rank_failing_leaves_no_average(rank: int, world: int, folder: Path
 
 
 CHECKS = {name: value for name, value in list(globals().items()) if name.startswith("check_")}
-
-if __name__ == "__main__":
-    run_checks(CHECKS)

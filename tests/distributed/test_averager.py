@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,11 @@ from torch import nn
 
 from lagless import EMA, Averager
 
+from ..processes import Ended, launch
 from .averager_checks import CHECKS, make_model, resume
-from .ranks import launch, outcome
+from .ranks import outcome, run_checks
 
-Results = dict[int, list[subprocess.CompletedProcess[str]]]
+Results = dict[int, list[Ended]]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(runs: Path) -> Results:
-    return {world: launch("averager_checks", world, runs / str(world)) for world in (2, 3)}
+    return {world: launch(run_checks, world, CHECKS, runs / str(world)) for world in (2, 3)}
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -12,12 +12,13 @@ import torch
 
 from lagless.posthoc import average_checkpoints, fingerprint, open_checkpoint
 
+from ..processes import TIMEOUT, Ended, launch, run_script
 from .export_checks import CHECKS, MESHES, RULES
-from .ranks import TIMEOUT, launch, outcome
+from .ranks import outcome, run_checks
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
-Results = dict[int, list[subprocess.CompletedProcess[str]]]
+Results = dict[int, list[Ended]]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(runs: Path) -> Results:
-    return {world: launch("export_checks", world, runs / str(world)) for world in (2, 3)}
+    return {world: launch(run_checks, world, CHECKS, runs / str(world)) for world in (2, 3)}
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -57,13 +58,12 @@ def test_averages_of_shards_are_those_of_whole_files(results: Results, runs: Pat
         assert sharded == single
 
 
-def test_the_page_runs(tmp_path: Path) -> None:
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     page = Path(__file__).parents[2] / "docs" / "distributed.md"
     (tmp_path / "train.py").write_text(page.read_text().split("```python\n")[1].split("```")[0])
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, "train.py"], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=TIMEOUT
-    )
-    assert done.returncode == 0, done.stderr
+    for rank in launch(run_script, 2, tmp_path / "train.py"):
+        assert rank.exitcode == 0, rank.output
     assert open_checkpoint(tmp_path / "bema").tensors
     assert (tmp_path / "checkpoint-10/averager.safetensors").is_file()
 

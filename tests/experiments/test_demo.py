@@ -1,5 +1,6 @@
 """The demo as a person runs it, small: everything is there, loads, repeats, and agrees with itself."""
 
+import functools
 import io
 import json
 import re
@@ -15,7 +16,8 @@ from rich.console import Console
 
 import lagless
 from lagless import BEMA, DEMA, EMA, OUEMA, trajectory_weights
-from lagless.experiments.demo import Shape, run_demo
+from lagless.cli import main
+from lagless.experiments.demo import Plan, Shape, _demo, run_demo
 from lagless.experiments.demo._words import command, python_code, scaled_code
 from lagless.posthoc import average_checkpoints
 
@@ -23,13 +25,16 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 TINY = Shape(vocab_size=320, hidden_size=16, intermediate_size=32, layers=1, heads=2, batch_size=2, length=32)
+FEW = functools.partial(Plan, curve_sequences=4, validation_sequences=24, test_sequences=96)
 STEPS = 100
 MATCHED = {"ema": EMA, "bema": BEMA, "ouema": OUEMA, "dema": DEMA}
 
 
 def run(out, texts, **options):
     console = Console(file=io.StringIO(), width=100)
-    result = run_demo(out, data=texts, console=console, shape=TINY, **{"steps": STEPS, **options})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_demo, "Plan", FEW)
+        result = run_demo(out, data=texts, console=console, shape=TINY, **{"steps": STEPS, **options})
     return result, console.file.getvalue()
 
 
@@ -141,12 +146,14 @@ def test_report_is_one_file_with_numbers_and_commands(demo):
     assert "averager.attach(optimizer)" in page
 
 
-def test_command_in_the_report_makes_the_average_again(demo, tmp_path):
+def test_command_in_the_report_makes_the_average_again(demo, tmp_path, monkeypatch):
     result, _ = demo
     row = result.row("BEMA")
     _, *arguments = shlex.split(command(result, row).replace("\\\n", ""))
     arguments[arguments.index("-o") + 1] = str(tmp_path / "again")
-    subprocess.check_call([sys.executable, "-m", "lagless", *arguments], stdout=subprocess.DEVNULL)
+    monkeypatch.setattr(sys, "argv", ["lagless", *arguments])
+    with pytest.raises(SystemExit, match="^0$"):
+        main()
     again, streamed = weights(tmp_path / "again"), weights(result.out / "averages" / row.folder)
     for parameter, value in streamed.items():
         assert torch.allclose(again[parameter], value, rtol=1e-5, atol=1e-6)
@@ -213,8 +220,6 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path, texts):
 
 
 def test_missing_packages_are_named(tmp_path, texts, monkeypatch):
-    from lagless.experiments.demo import _demo
-
     monkeypatch.setattr(_demo, "_NEEDED", ("transformers", "no_such_package"))
     with pytest.raises(ImportError, match=r"no_such_package: pip install 'lagless\[lab\]'"):
         run(tmp_path / "out", texts)

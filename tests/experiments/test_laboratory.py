@@ -1,6 +1,7 @@
 """The laboratory: what its captions say is in its numbers, and its files are whole."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -18,12 +19,14 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from lagless import BEMA, EMA
+from lagless.cli import main
 from lagless.theory import AveragingProblem, QuadraticSGD, choose, estimate_run, moments_of
 
 if importlib.util.find_spec("matplotlib") is None:
     pytest.skip("the laboratory draws with matplotlib", allow_module_level=True)
 
 from lagless.experiments.laboratory import (
+    _laboratory,
     advise,
     estimate_checkpoints,
     print_advice,
@@ -34,6 +37,7 @@ from lagless.experiments.laboratory._checkpoints import sample_ranges
 from lagless.experiments.laboratory._distances import PROCESS, draw_figure_2, follow_rules, reached, rms, start_distance
 from lagless.experiments.laboratory._drawing import _spread, plain
 from lagless.experiments.laboratory._laboratory import Effort, make_primer_figures, run_laboratory
+from lagless.experiments.laboratory._paths import draw_path
 from lagless.experiments.laboratory._preconditioning import biases, cancellation, draw_biases, draw_cancellation
 from lagless.experiments.laboratory._primers import PRIMERS
 from lagless.experiments.laboratory._pulls import draw_controls, draw_guarantees, draw_pull
@@ -53,7 +57,15 @@ def curves():
 
 
 @pytest.fixture(scope="module")
-def laboratory(tmp_path_factory):
+def primers():
+    """The figures of the primers, each drawn once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_laboratory, "PRIMERS", {name: functools.cache(draw) for name, draw in PRIMERS.items()})
+        yield
+
+
+@pytest.fixture(scope="module")
+def laboratory(primers, tmp_path_factory):
     out = tmp_path_factory.mktemp("laboratory") / "out"
     return run_laboratory(out, console=quiet(), effort=SMALL)
 
@@ -191,8 +203,8 @@ def test_nothing_is_left_behind_on_failure(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr("lagless.experiments.laboratory._laboratory.write_page", fail)
-    monkeypatch.setattr("lagless.experiments.laboratory._laboratory.PRIMERS", {})
+    monkeypatch.setattr(_laboratory, "write_page", fail)
+    monkeypatch.setattr(_laboratory, "_parts", lambda *_: [("section", "part", lambda: [draw_path(0)])])
     with pytest.raises(RuntimeError, match="no"):
         run_laboratory(tmp_path / "out", console=quiet(), effort=SMALL)
     assert not list(tmp_path.iterdir())
@@ -201,7 +213,7 @@ def test_nothing_is_left_behind_on_failure(tmp_path, monkeypatch):
 # Primers
 
 
-def test_every_primer_has_its_figure_and_no_other(tmp_path):
+def test_every_primer_has_its_figure_and_no_other(primers, tmp_path):
     assert {path.stem for path in PRIMER_TEXTS} == set(PRIMERS)
     written = make_primer_figures(tmp_path / "figures", console=quiet())
     assert sorted(path.name for path in written) == sorted(f"{name}.png" for name in PRIMERS)
@@ -251,24 +263,34 @@ def test_calls_can_be_copied_from_a_narrow_terminal():
     assert sum(line.strip().startswith(("EMA  ", "PowerEMA  ", "UniformAverage  ")) for line in lines) == 3
 
 
+WITHOUT_MATPLOTLIB = """
+import json, sys
+import lagless.experiments.laboratory
+from lagless.cli import main
+
+assert "matplotlib" not in sys.modules
+for arguments, code in json.loads(sys.argv[1]):
+    sys.argv = ["lagless", "theory", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == code, (arguments, end.code)
+"""
+
+
 def test_advice_and_statements_need_no_matplotlib(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not there')")
-    code = "import lagless.experiments.laboratory, sys; assert 'matplotlib' not in sys.modules"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     numbers = [f"--{name.replace('_', '-')}={value}" for name, value in ANSWERS.items()]
-    command = [sys.executable, "-m", "lagless", "theory"]
-    for arguments in (["choose", *numbers], ["check", "--help"]):
-        found = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
-        assert found.returncode == 0, found.stderr
-    refused = subprocess.run([*command, "figures"], env=environment, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
+    commands = json.dumps([(["choose", *numbers], 0), (["check", "--help"], 0), (["figures"], 2)])
+    subprocess.run([sys.executable, "-c", WITHOUT_MATPLOTLIB, commands], env=environment, check=True)
 
 
-def test_a_bad_seed_is_refused_by_name(tmp_path):
-    command = [sys.executable, "-m", "lagless", "theory", "figures", "--seed", "-1", "-o", str(tmp_path / "out")]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert found.returncode == 2 and "seed=-1" in found.stderr
+def test_a_bad_seed_is_refused_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lagless", "theory", "figures", "--seed", "-1", "-o", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and "seed=-1" in capsys.readouterr().err
 
 
 def test_advice_says_which_numbers_are_missing(tmp_path):

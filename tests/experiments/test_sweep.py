@@ -1,10 +1,6 @@
 """Sweeps: every cell once, whatever is killed in between."""
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -19,6 +15,8 @@ from lagless.cli import app  # noqa: E402
 from lagless.experiments import sweep as engine  # noqa: E402
 from lagless.experiments.sweep import parse_grid, sweep, sweep_cells  # noqa: E402
 from lagless.experiments.training._folder import claimed  # noqa: E402
+
+from ..processes import join, run_command, start  # noqa: E402
 
 NAME = "pace-pretrain-small"
 GRID = {"method.optimizer.pullback": ["0", "1e-2"], "method.schedule": ["{kind: constant}"]}
@@ -94,31 +92,28 @@ def arguments(overrides, out):
 
 def test_killed_sweep_goes_on_in_two_processes(overrides, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "lagless", *arguments(overrides, out)]
-    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    environment["HF_HUB_OFFLINE"] = "1"
-    first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    outputs = [tmp_path / f"{i}.txt" for i in range(3)]
+
+    def begin(output):
+        return start(run_command, tmp_path / "cache", *arguments(overrides, out), output=output)
+
+    first = begin(outputs[0])
     try:
-        for line in first.stdout:  # the second cell has begun
-            if "(1 of 4 finished)" in line:
-                break
+        while first.is_alive() and not (outputs[0].exists() and "(1 of 4 finished)" in outputs[0].read_text()):
+            time.sleep(0.02)  # until the second cell has begun
     finally:
-        os.kill(first.pid, signal.SIGKILL)
-        first.communicate(timeout=60)
+        first.kill()
+        first.join()
     finished = {path: path.stat().st_mtime_ns for path in out.glob("*/result.json")}
     assert len(finished) == 1
 
-    others = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = []
-    for process in others:
-        printed.append(process.communicate(timeout=240)[0])
-        assert process.returncode == 0
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("*/result.json"))) < 4 and time.monotonic() < deadline:
-        time.sleep(0.2)
+    others = [begin(output) for output in outputs[1:]]
+    join(*others)
+    assert [process.exitcode for process in others] == [0, 0]
     assert len(list(out.glob("*/result.json"))) == 4
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
-    assert "".join(printed).count("step 2 of 2") == 3  # each of the others once, by one process
+    printed = "".join(output.read_text() for output in outputs[1:])
+    assert printed.count("step 2 of 2") == 3  # each of the others once, by one process
 
 
 def test_command(overrides, tmp_path):

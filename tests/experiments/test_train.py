@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,6 +22,8 @@ from lagless.experiments.training._folder import claimed, last_checkpoint  # noq
 from lagless.experiments.training._model import build_model, build_tokenizer  # noqa: E402
 from lagless.experiments.training._optimizer import build_optimizer, schedule_factor  # noqa: E402
 from lagless.posthoc import find_checkpoints  # noqa: E402
+
+from ..processes import launch, run_command  # noqa: E402
 
 TINY = {
     "training.max_steps": 4,
@@ -336,16 +335,9 @@ def test_two_processes_train_like_one(recipe, tmp_path):
     chosen = recipe("pace-pretrain-small", training__micro_batch_size=1)
     one = train(chosen, tmp_path / "one")
     (tmp_path / "recipe.yaml").write_text(describe(chosen))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lagless"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, *launch, "train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "two")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "two")]
+    for rank in launch(run_command, 2, tmp_path / "cache", *command):
+        assert rank.exitcode == 0, rank.output
     two = read_result(tmp_path / "two")
     assert two["machine"]["processes"] == 2
     assert two["final"]["optimizer"]["loss"] == pytest.approx(one["final"]["optimizer"]["loss"], abs=1e-5)

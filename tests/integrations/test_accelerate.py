@@ -1,8 +1,5 @@
 """The Averager under Accelerate: what counts as a step, names, checkpoints, many processes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lagless import EMA, Averager
+
+from ..processes import launch, run_script
 
 
 @pytest.fixture(autouse=True)
@@ -94,12 +93,10 @@ def test_the_state_is_one_that_accelerate_accepts(tmp_path):
 
 
 @pytest.mark.parametrize("script", [[], [Path(__file__).with_name("accelerate_fsdp_run.py")]], ids=["DDP", "FSDP2"])
-def test_the_example_saves_and_resumes_on_two_processes(tmp_path, script):
+def test_the_example_saves_and_resumes_on_two_processes(tmp_path, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
     example = Path(__file__).parents[2] / "examples" / "accelerate_loop.py"
-    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*launch, *script, example, "--steps", "6"],
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.stdout.count("resumed from step 3: bema bitwise the same: True") == 1, run.stderr
+    ranks = launch(run_script, 2, *script, example, "--steps", "6")
+    printed = "".join(rank.output for rank in ranks)
+    assert printed.count("resumed from step 3: bema bitwise the same: True") == 1, printed
     assert not list(tmp_path.iterdir())

@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-import textwrap
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,6 +23,8 @@ from lagless import BEMA, EMA
 from lagless.averaging import _bank, _offload
 from lagless.integrations.lightning import AveragingCallback, load_average
 from lagless.posthoc import CheckpointError
+
+from ..processes import launch
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
@@ -339,10 +337,10 @@ def test_resumed_equals_never_stopped(tmp_path, storage):
         trainer, _ = fit(tmp_path, callback, saved, module=module, train=loader(), **settings)
         return trainer, module, callback, saved.last_model_path
 
-    whole_trainer, whole_module, whole, _ = run(tmp_path / "whole", 4)
-    path = run(tmp_path / "part", 2)[-1]
-    trainer, module, resumed, last = run(tmp_path / "part", 4, ckpt_path=path)
-    assert resumed.averager.step == whole.averager.step == trainer.global_step == whole_trainer.global_step == 16
+    whole_trainer, whole_module, whole, _ = run(tmp_path / "whole", 2)
+    path = run(tmp_path / "part", 1)[-1]
+    trainer, module, resumed, last = run(tmp_path / "part", 2, ckpt_path=path)
+    assert resumed.averager.step == whole.averager.step == trainer.global_step == whole_trainer.global_step == 8
     assert same(list(module.state_dict().values()), list(whole_module.state_dict().values()))
     assert_same_averages(averages(resumed), averages(whole))
     loaded = load_average(last, "bema")
@@ -715,46 +713,34 @@ def test_the_package_under_its_other_name(tmp_path):
     assert torch.equal(loaded.layer.weight, callback.averager.read()["layer.weight"])
 
 
-DISTRIBUTED = """
-    import sys
-    import lightning.pytorch as pl
-    import torch
-    from torch.utils.data import DataLoader, TensorDataset
-    from lagless import BEMA
-    from lagless.integrations.lightning import AveragingCallback
+class Small(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
 
-    class Small(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(3, 1)
-        def training_step(self, batch, index):
-            return (self.layer(batch[0]) - 1).square().mean()
-        def validation_step(self, batch, index):
-            self.log("val_loss", self.training_step(batch, index), sync_dist=True)
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
+    def training_step(self, batch, index):
+        return (self.layer(batch[0]) - 1).square().mean()
 
+    def validation_step(self, batch, index):
+        self.log("val_loss", self.training_step(batch, index), sync_dist=True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit_on_ranks(folder):
     torch.manual_seed(0)
-    module, data = Small(), TensorDataset(torch.randn(16, 3))
-    callback = AveragingCallback(BEMA(update_freq=2), export=sys.argv[1])
-    trainer = pl.Trainer(max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", logger=False,
-                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-                         callbacks=[callback])
-    trainer.fit(module, DataLoader(data, batch_size=4), DataLoader(data, batch_size=4))
-    rank, loss = trainer.global_rank, trainer.callback_metrics["bema_val_loss"]
-    torch.save((callback.averager.read()["layer.weight"], loss), f"{sys.argv[1]}/rank{rank}.pt")
-    """
+    module, data = Small(), DataLoader(TensorDataset(torch.randn(16, 3)), batch_size=4)
+    callback = AveragingCallback(BEMA(update_freq=2), export=folder)
+    run = trainer(folder, callback, devices=2, strategy="ddp", logger=False)
+    run.fit(module, data, data)
+    rank, loss = run.global_rank, run.callback_metrics["bema_val_loss"]
+    torch.save((callback.averager.read()["layer.weight"], loss), folder / f"rank{rank}.pt")
 
 
 def test_ranks_of_ddp_hold_the_same_average_and_one_writes_it(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(DISTRIBUTED))
-    subprocess.run(
-        [sys.executable, "-W", "ignore", script, tmp_path],
-        timeout=120,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    for rank in launch(fit_on_ranks, 2, tmp_path):
+        assert rank.exitcode == 0, rank.output
     (weight, loss), (other_weight, other_loss) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert torch.equal(weight, other_weight) and torch.equal(loss, other_loss)
     exported = torch.load(tmp_path / "bema.ckpt", weights_only=True)["state_dict"]["layer.weight"]

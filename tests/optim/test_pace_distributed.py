@@ -1,7 +1,6 @@
 """Two ranks: replicated and sharded weights take the steps of whole ones, bit for bit, and their state is sharded."""
 
 import copy
-import time
 from datetime import timedelta
 
 import pytest
@@ -16,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lagless import BEMA
 from lagless.optim import PACE, Pullback
+
+from ..processes import launch
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -59,9 +60,8 @@ def sharded(make):
     return model, make(model.parameters())
 
 
-def check(rank, store, folder):
-    store = dist.FileStore(store, 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+def check(folder):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     try:
         for name, make in MAKE.items():
             single = new_model()
@@ -109,11 +109,5 @@ def check(rank, store, folder):
 
 
 def test_ranks_take_the_steps_of_one(tmp_path):
-    ranks = torch.multiprocessing.spawn(check, (str(tmp_path / "store"), str(tmp_path)), nprocs=2, join=False)
-    deadline = time.monotonic() + 120
-    try:
-        while not ranks.join(timeout=1):
-            assert time.monotonic() < deadline, "the ranks did not finish in time"
-    finally:
-        for process in ranks.processes:
-            process.kill()
+    for rank in launch(check, 2, tmp_path, timeout=120):
+        assert rank.exitcode == 0, rank.output

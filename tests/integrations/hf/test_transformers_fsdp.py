@@ -1,12 +1,12 @@
 """AveragingCallback on two ranks under FSDP2."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ...processes import launch, run_script
 
 pytest.importorskip("trl")
 
@@ -15,10 +15,8 @@ pytest.importorskip("trl")
 def runs(tmp_path_factory):
     """Each rank has checked averages and returned models against the weights that it saw."""
     folder = tmp_path_factory.mktemp("fsdp")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = Path(__file__).with_name("fsdp_run.py")
-    done = subprocess.run([*launcher, script, folder], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in launch(run_script, 2, Path(__file__).with_name("fsdp_run.py"), folder):
+        assert rank.exitcode == 0, rank.output[-3000:]
     return folder
 
 
