@@ -296,6 +296,40 @@ def test_a_microbatch_that_is_not_finite_skips_the_step(form, bad):
     torch.testing.assert_close(found, trained([steps[0], steps[2]], form), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("form", [{"cross_fit": "split"}, {"folds": "skewed"}], ids=str)
+def test_a_sum_that_is_not_finite_skips_the_step(form, bad):
+    """Whatever the gradient itself is."""
+    [steps] = gradients_of(13, 1, 4, SHAPES)
+    parameters = parameters_of(SHAPES)
+    optimizer = make(parameters, **form)
+    before = [p.detach().clone() for p in parameters]
+    steps[0][1][3] = bad
+    accumulate(parameters, steps)
+    for p in parameters:
+        p.grad.nan_to_num_(1.0, 1.0, 1.0)
+    optimizer.step()
+    assert bool(optimizer.found_inf)
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_gradients_may_have_a_graph():
+    found = []
+    for create_graph in (False, True):
+        weight = torch.nn.Parameter(torch.arange(1.0, 6.0))
+        optimizer = make([weight], inverse_correction="jackknife")
+        for step in range(3):
+            for j in range(4):
+                ((j + step + 1.0) * weight.pow(3).sum()).backward(create_graph=create_graph)
+            optimizer.step()
+            state = optimizer.state[weight].values()
+            assert not any(t.requires_grad for t in state)
+            weight.grad = None
+        found.append(weight.detach())
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("forget", ["set to none", "zero in place", "by hand"])
 def test_abandoned_gradients_are_forgotten(forget):
     abandoned, *steps = gradients_of(14, 3, 4, SHAPES)

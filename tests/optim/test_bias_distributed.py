@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lagless.averaging._sharding import local
@@ -283,12 +283,14 @@ SHAMPOO = {
 
 
 def matrices(dimension, settings):
-    """A model whose parameters are cut along ``dimension``, or not cut if that is None, with its optimizer."""
+    """A model whose parameters are cut along ``dimension``, replicated and cut, or as they are; with its optimizer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
     model[4].weight.data[:, 3:] = 0.0  # some ranks' parts have no gradient at first, but are clipped as the others
     if dimension is not None:
-        mesh = init_device_mesh("cpu", (2,))
+        hybrid = dimension == "hybrid"
+        mesh = init_device_mesh("cpu", (2, 1) if hybrid else (2,), mesh_dim_names=("dp", "shard") if hybrid else None)
+        dimension = 0 if hybrid else dimension
         for layer in (model[2], model[4]) if dimension else (model[0], model[2], model[4]):
             fully_shard(layer, mesh=mesh, shard_placement_fn=lambda p: Shard(min(dimension, p.dim() - 1)))
         fully_shard(model, mesh=mesh)
@@ -320,8 +322,10 @@ def sharded_matrices(rank):
     for name, form, weights in [*cases, ("weighed", {"inverse_correction": "post_ema"}, WEIGHTS)]:
         alone, single = matrices(None, form)
         expected = train_matrices(alone, single, data.flatten(2, 3), weights)
-        for dimension in (0, 1):
-            model, optimizer = matrices(dimension, form)
+        for dimension in (0, 1, "hybrid"):
+            # What only one rank records is summed by all.
+            once = dimension == 1 and rank == 1
+            model, optimizer = matrices(dimension, form | {"report_freq": 0 if once else 1})
             found = train_matrices(model, optimizer, data[:, :, rank], weights)
             same(found, expected, f"Shampoo under FSDP, {name}, {dimension}")
             states = [s for s in optimizer.state.values() if "left_factor_0" in s]
@@ -329,11 +333,22 @@ def sharded_matrices(rank):
             assert all(isinstance(s["exp_avg"], DTensor) for s in states)
             numbers = [local(t).numel() for s in optimizer.state.values() for t in s.values() if t.dim()]
             assert optimizer.state_bytes() == 8 * sum(numbers)
-            if name != "standard":
+            if name != "standard" and not once:
                 [a], [b] = optimizer.correction_report(), single.correction_report()
                 assert [a.relative, a.cosine, a.dispersion] == pytest.approx(
                     [b.relative, b.cosine, b.dispersion], rel=1e-9, nan_ok=True
                 )
+
+
+def gradients_as_partial_sums(_):
+    """As those of SequenceParallel."""
+    mesh = init_device_mesh("cpu", (2,))
+    weight = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Replicate()]))
+    weight.grad = DTensor.from_local(torch.ones(4), mesh, [Partial()])
+    optimizer = BiasCorrectedAdamW([("w", weight)], cross_fit="none")
+    with pytest.raises(RuntimeError, match="its gradient as .*SequenceParallel.*Shard them with fully_shard"):
+        optimizer.step()
+    assert not optimizer.state
 
 
 def resumed_matrices(rank):
@@ -505,6 +520,7 @@ def work(rank, store):
         one_microbatch_per_rank,
         sharded,
         sharded_matrices,
+        gradients_as_partial_sums,
         resumed_matrices,
         abandoned_shards,
         not_finite_on_one_rank,

@@ -119,7 +119,8 @@ def test_what_c_does_not_know_goes_elsewhere(in_c):
     settings = {"warm_start": 0, "compile": True}
     run(adamw, [(5, 7)], constants="reference", inverse_correction="jackknife", **settings)
     run(adamw, [(5, 7)], folds="skewed", **settings)
-    run(adamw, [(5, 7)], cross_fit="none", support_clip=1.0, inverse_correction="pre_ema", **settings)
+    run(adamw, [(5, 7)], cross_fit="none", inverse_correction="pre_ema", **settings)
+    run(adamw, [(5, 7)], cross_fit="none", support_clip=1.0, **settings)
     run(adamw, [(5, 7)], dtype=torch.bfloat16, **settings)
     run(adamw, [(5, 7)], report_freq=1, **settings)
     assert in_c == []

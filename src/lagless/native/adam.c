@@ -19,6 +19,10 @@ enum { PLAIN, LEAVE_ONE_OUT, JACKKNIFE };
         int form;                                                                                               \
         const NAME##_numbers *numbers;                                                                          \
     } NAME##_given;                                                                                             \
+    static inline REAL NAME##_lerp(REAL from, REAL to, REAL gain) /* exact at gains of 0 and 1 */               \
+    {                                                                                                           \
+        return gain < (REAL)0.5 ? from + gain * (to - from) : to - (to - from) * (1 - gain);                    \
+    }                                                                                                           \
     static inline __attribute__((always_inline)) void NAME##_range(const int form, int64_t n,                   \
         REAL *restrict theta, const REAL *restrict grad, REAL *restrict m, REAL *restrict v,                    \
         const REAL *restrict squares, const NAME##_numbers k)                                                   \
@@ -45,8 +49,8 @@ enum { PLAIN, LEAVE_ONE_OUT, JACKKNIFE };
                 }                                                                                               \
             }                                                                                                   \
             update = update > k.largest ? k.largest : update < -k.largest ? -k.largest : update;                \
-            m[i] += k.first * (g - m[i]);                                                                       \
-            v[i] += k.second * (g * g - v[i]);                                                                  \
+            m[i] = NAME##_lerp(m[i], g, k.first);                                                               \
+            v[i] = NAME##_lerp(v[i], g * g, k.second);                                                          \
             theta[i] = k.decay * theta[i] - k.rate * update;                                                    \
         }                                                                                                       \
     }                                                                                                           \

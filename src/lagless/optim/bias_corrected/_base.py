@@ -76,13 +76,15 @@ class BiasCorrected(Optimizer):
         If a gradient or a sum over microbatches is not finite nothing changes: weights, moments and counters stay.
 
         Raises:
-            RuntimeError: if a correction needs several microbatches and there never were any.
+            RuntimeError: if a correction needs several microbatches and there never were any; for sparse gradients, and
+                for those that do not lie on the ranks as their parameters do.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self._check_gradients(parameters)
         collected = self._microbatches.read(parameters)
         finite = self._all_finite(parameters, [found.totals for found in collected.values()])
         # Followers of this optimizer's steps look here, as they do for those that a gradient scaler skips.
@@ -234,16 +236,27 @@ class BiasCorrected(Optimizer):
                 "optimizer was, or set cross_fit='none' and inverse_correction='none'."
             )
 
+    def _check_gradients(self, parameters: Sequence[Tensor]) -> None:
+        for p in parameters:
+            gradient: Any = p.grad
+            if gradient.is_sparse:
+                raise RuntimeError(
+                    f"{type(self).__name__}: sparse gradients; use dense ones, e.g. sparse=False in Embedding."
+                )
+            if isinstance(p, DTensor) and gradient.placements != p.placements:
+                raise RuntimeError(
+                    f"{type(self).__name__}: a parameter {tuple(p.shape)} lies on the ranks as {p.placements}, its "
+                    f"gradient as {gradient.placements}, as of weights within SequenceParallel. Shard them with "
+                    "fully_shard, which reduces gradients."
+                )
+
     def _all_finite(self, parameters: Sequence[Tensor], sums: Iterable[dict[Any, Tensor]]) -> bool:
         if not parameters:
             return True
-        if any(p.grad is not None and p.grad.is_sparse for p in parameters):
-            raise RuntimeError(
-                f"{type(self).__name__}: sparse gradients; use dense ones, e.g. sparse=False in Embedding."
-            )
         finite = torch.stack([n.float() for n in norms(parameters)]).isfinite().all()
-        # Sums of powers may overflow where gradients do not, those of even ones upwards; NaN is the largest of all.
-        # Not their Euclidean norm: of fourth powers it is infinite before they are.
+        # Sums of powers may overflow where gradients do not, those of even ones upwards (off-diagonal elements of a
+        # Gram matrix not before diagonal ones); NaN is the largest of all. Of fourth powers the Euclidean norm is
+        # infinite before they are.
         filled = [(key.exponent % 2, t) for totals in sums for key, t in totals.items() if t.numel()]
         even, odd = ([t for rest, t in filled if rest == parity] for parity in (0, 1))
         extremes = [*(torch._foreach_max(even) if even else ()), *(t for each in odd for t in torch.aminmax(each))]

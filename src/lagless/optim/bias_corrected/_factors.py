@@ -122,7 +122,9 @@ class FactorSums:
         grams, measured = self._wanted
         if self._half not in (None, half) or not (grams or measured):
             return
-        g, scale = gather(self._sharding.present(gradient)).to(_wide(gradient)), rescale(weight, 2)
+        # Gathering moves an offloaded part to the device of the mesh.
+        g = gather(self._sharding.present(gradient)).to(gradient.device, _wide(gradient))
+        scale = rescale(weight, 2)
         for i, factor in enumerate(self.partition.factors):
             block = factor.of(g)
             if grams:

@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lagless.averaging._sharding import Sharding, gather, is_sharded, local
 from lagless.optim.bias_corrected._adam_step import PLAIN, adam_state, adam_update
-from lagless.optim.bias_corrected._base import STANDARD, BiasCorrected, tensors_of
+from lagless.optim.bias_corrected._base import STANDARD, BiasCorrected, sum_over_mesh, tensors_of
 from lagless.optim.bias_corrected._elements import move
 from lagless.optim.bias_corrected._factors import Factor, FactorSums, Partition
 from lagless.optim.bias_corrected._hyperparameters import (
@@ -205,11 +206,21 @@ class BiasCorrectedShampoo(BiasCorrected):
             adam_update(group | adamw, PLAIN, int(state["step"]), p, state, None, None)
         for p in matrices:
             self._start(group, p)
-        bases, dispersions = self._take_roots(group, [p for p in matrices if self._root_due(group, p)], collected)
+        due = [p for p in matrices if self._root_due(group, p)]
+        sums = self._recorded_together(due, sums)
+        bases, dispersions = self._take_roots(group, due, collected)
         for p in matrices:
             dispersion = torch.cat(dispersions[p]) if p in dispersions else None
             self._move(group, p, collected.get(p), bases, dispersion, sums)
             self._prepare(group, p)
+
+    @staticmethod
+    def _recorded_together(due: Sequence[Tensor], sums: CorrectionSums | None) -> CorrectionSums | None:
+        """Sums on every rank if there are any on one, since matrices are gathered for them."""
+        sharded = next((p for p in due if isinstance(p, DTensor)), None)
+        if sharded is None or not bool(sum_over_mesh(torch.tensor(float(sums is not None)), sharded)):
+            return sums
+        return sums or CorrectionSums(0)
 
     def _root_due(self, group: dict[str, Any], p: Tensor) -> bool:
         return (int(self.state[p]["step"]) - 1) % group["root_freq"] == 0
@@ -263,7 +274,7 @@ class BiasCorrectedShampoo(BiasCorrected):
             yield from (found.mean(factor.gram) for factor in factors)
             return
         assert p.grad is not None
-        mean = gather(p.grad).to(self.state[p]["exp_avg"].dtype)
+        mean = _whole(p.grad).to(self.state[p]["exp_avg"].dtype)
         yield from (block @ block.mT for block in (factor.of(mean) for factor in factors))
 
     def _variance(
@@ -308,12 +319,12 @@ class BiasCorrectedShampoo(BiasCorrected):
             report = None  # without a gradient in some step, its roots are taken in other ones
         old = m.clone() if report is not None else m
         m.lerp_(fed, 1.0 - group["betas"][0])
-        update = partition.multiply(gather(state["exp_avg"]), [state[f.name("root")] for f in partition.factors])
+        update = partition.multiply(_whole(state["exp_avg"]), [state[f.name("root")] for f in partition.factors])
         if group["norm_clip"] is not None:
             update *= (group["norm_clip"] / torch.linalg.vector_norm(update).clamp(min=1e-30)).clamp(max=1.0)
         if report is not None:
             roots = [inverse_fourth_root(bases[p, f], None, group["largest_root"]) for f in partition.factors]
-            standard = gather(sharding.present(old.lerp_(mean, 1.0 - group["betas"][0])))
+            standard = _whole(sharding.present(old.lerp_(mean, 1.0 - group["betas"][0])))
             report.add(update, partition.multiply(standard, roots), dispersion)
         if group["grafting"] == "adamw":
             update *= self._adamw_norm(group, p, mean) / torch.linalg.vector_norm(update).clamp(min=1e-30)
@@ -330,6 +341,11 @@ class BiasCorrectedShampoo(BiasCorrected):
         momentum = m / (1.0 - b1 ** int(state["step"]))
         square = (momentum / (second.sqrt_() + group["adamw_eps"])).square_().sum()
         return over_shards(square, p).sqrt()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, where this rank's part lies: gathering moves an offloaded one to the device of the mesh."""
+    return gather(tensor).to(local(tensor).device)
 
 
 def _is_matrix(group: dict[str, Any], p: Tensor) -> bool:
