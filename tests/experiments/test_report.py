@@ -178,6 +178,20 @@ def test_figures_hold_settings_fixed():
     assert np.array_equal(shown(better + worse, {"lr": 2}), shown(better, {}))
 
 
+def test_maps_are_of_the_runs_that_settings_were_chosen_by():
+    """Reported are only few; the method that is subtracted has the same seeds."""
+    whole = study(figures=[])
+    tuned = [r.model_copy(update={"tuning": True, "seed": r.seed + 100}) for r in whole.runs]
+    few = [run for run in whole.runs if run.setting.get("kappa") == 0.5 or run.method != "bema"]
+    few = [r.model_copy(update={"scores": {k: v + 5 for k, v in r.scores.items()}}) for r in few]
+    for minus in (None, "ema"):
+        figure = Figure(kind="map", caption="", score="test/loss", methods=["bema"], x="kappa", y="eta", minus=minus)
+        expected = _table(whole, figure, "bema")
+        found = _table(whole.model_copy(update={"runs": few + tuned}), figure, "bema")
+        assert found[:2] == expected[:2]
+        assert np.array_equal(found[2], expected[2], equal_nan=True)
+
+
 def test_curves_are_of_the_setting_that_another_score_chooses():
     whole = study()
     figure = Figure(kind="curves", caption="", score="test/loss", methods=["bema"])

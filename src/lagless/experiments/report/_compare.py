@@ -139,7 +139,7 @@ def _choice(study: Study, claim: Claim, method: str, at: Setting) -> tuple[list[
     candidates = reported
     if claim.selected_by is not None:
         candidates = tuning or reported
-        chosen = _reported(study, best_setting(_finalists(candidates), claim.selected_by, claim.maximize), reported)
+        chosen = _reported(study, best_setting(finalists(candidates), claim.selected_by, claim.maximize), reported)
     elif len(reported) == 1:
         chosen = reported[0]
     else:
@@ -153,7 +153,7 @@ def _choice(study: Study, claim: Claim, method: str, at: Setting) -> tuple[list[
     return chosen, candidates
 
 
-def _finalists(groups: Sequence[list[Run]]) -> list[list[Run]]:
+def finalists(groups: Sequence[list[Run]]) -> list[list[Run]]:
     """Of tuning runs, the settings that were not dropped before the last tuning seed."""
     if not groups[0][0].tuning:
         return list(groups)

@@ -10,7 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure as Canvas
 
-from lagless.experiments.report._compare import best_setting, score_of, settings_of
+from lagless.experiments.report._compare import best_setting, finalists, score_of, settings_of
 from lagless.experiments.report._study import Figure, Run, Study
 from lagless.experiments.statistics import mean
 
@@ -36,7 +36,8 @@ def _curves(canvas: Canvas, study: Study, figure: Figure) -> None:
             raise ValueError(f"{study.name}: the chosen runs of {method!r} have no curve of {figure.score!r}.")
         steps, values = curves[0][:, 0], np.stack([curve[:, 1] for curve in curves])
         centre, spread = values.mean(axis=0), values.std(axis=0, ddof=min(1, len(values) - 1)) / np.sqrt(len(values))
-        axes.plot(steps, centre, label=f"{method} (n = {len(values)})", color=_COLOURS[i % 10])
+        line = ("-", "--", ":")[i // 10 % 3]
+        axes.plot(steps, centre, line, label=f"{method} (n = {len(values)})", color=_COLOURS[i % 10])
         axes.fill_between(steps, centre - 2 * spread, centre + 2 * spread, color=_COLOURS[i % 10], alpha=0.2, lw=0)
     axes.set(xlabel="optimizer step", ylabel=figure.score)
     canvas.legend(loc="outside right center", frameon=False)
@@ -71,7 +72,7 @@ def _map(canvas: Canvas, study: Study, figure: Figure) -> None:
 
 def _table(study: Study, figure: Figure, method: str) -> tuple[list[str], list[str], np.ndarray]:
     """Labels along x and y, and the mean score over seeds; the best over hyperparameters that are neither x nor y."""
-    settings = settings_of(study.runs, method, figure.at)
+    settings = _mapped(study, figure, method)
     groups = [group for group in settings if all(run.scores is not None for run in group)]
     subtract = _reference(study, figure)
     x, y = str(figure.x), str(figure.y)
@@ -80,20 +81,30 @@ def _table(study: Study, figure: Figure, method: str) -> tuple[list[str], list[s
     values = np.full((len(ys), len(xs)), np.nan)
     for group in groups:
         at = ys.index(group[0].setting[y]), xs.index(group[0].setting[x])
-        values[at] = np.fmin(
-            values[at], mean([score_of(r, figure.score) - subtract.get(r.seed, 0.0) for r in group]).value
-        )
-    return [str(v) for v in xs], [str(v) for v in ys], values
+        found = [score_of(r, figure.score) - (0.0 if figure.minus is None else subtract[r.seed]) for r in group]
+        values[at] = np.fmin(values[at], mean(found).value)
+    return [_label(v) for v in xs], [_label(v) for v in ys], values
+
+
+def _mapped(study: Study, figure: Figure, method: str) -> list[list[Run]]:
+    """The settings of a map: where some were tried on seeds of their own, those, as only few of them are reported."""
+    tuning = settings_of(study.runs, method, figure.at, tuning=True)
+    return finalists(tuning) if tuning else settings_of(study.runs, method, figure.at)
 
 
 def _reference(study: Study, figure: Figure) -> dict[int, float]:
     if figure.minus is None:
         return {}
-    return {run.seed: score_of(run, figure.score) for run in _best(study, figure, figure.minus)}
+    best = best_setting(_mapped(study, figure, figure.minus), figure.selected_by or figure.score)
+    return {run.seed: score_of(run, figure.score) for run in best}
 
 
 def _best(study: Study, figure: Figure, method: str) -> list[Run]:
     return best_setting(settings_of(study.runs, method, figure.at), figure.selected_by or figure.score)
+
+
+def _label(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _order(value: object) -> tuple[bool, float, str]:
