@@ -149,7 +149,7 @@ def _number(value: object) -> str:
 def _making(study: Study) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in study.machine.items() if value is not None)
     return (
-        f"{len(study.runs)} runs and averages, {study.seconds / 60:.0f} minutes of computing; {machine}; "
+        f"{len(study.runs)} runs and averages, {study.seconds / 60:.0f} minutes by the clock; {machine}; "
         f"commit {study.commit or 'unknown'}."
     )
 
