@@ -14,6 +14,15 @@ from lagless.experiments.demo._tokens import train_tokenizer
 _PASSAGE = 2000  # characters
 _TRAINING = 4000  # passages, 8 MB
 VOCABULARY = 512
+# The model of the studies of optimizers.
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
 
 
 def prepare(data: Path, out: Path) -> dict[str, str]:

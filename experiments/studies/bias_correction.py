@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from _collect import Bench
-from _passages import VOCABULARY
+from _passages import LLAMA, VOCABULARY
 from _tuning import Axis, Method, Position, Trials, factors, on_books, report, tune
 
 from lagless.experiments.report import Claim, Figure
@@ -22,14 +22,7 @@ START_STEPS, STEPS, WARMUP, FOLDS = 300, 100, 20, 4
 ADAMW_BUDGET, SOPHIA_BUDGET, SHAMPOO_BUDGET = (7, 2), (9, 2), (5, 1)
 
 START: dict[str, Any] = {
-    "model.config": {
-        "hidden_size": 64,
-        "intermediate_size": 176,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-    },
+    "model.config": LLAMA,
     "data.sequence_length": 64,
     "method.optimizer": {"kind": "adamw"},
     "method.schedule": {"kind": "constant", "warmup_steps": WARMUP},

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from _collect import Bench
-from _passages import VOCABULARY
+from _passages import LLAMA, VOCABULARY
 from _tuning import Axis, Method, Setting, Trials, best_of, factors, on_books, report, steps, tune
 
 from lagless.experiments.recipes._method import Pace
@@ -20,14 +20,7 @@ WARMUP = 20
 STEPS = 200
 
 COMMON: dict[str, Any] = {
-    "model.config": {
-        "hidden_size": 64,
-        "intermediate_size": 176,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-    },
+    "model.config": LLAMA,
     "data.sequence_length": 64,
     "training.max_steps": STEPS,
     "training.batch_size": 8,

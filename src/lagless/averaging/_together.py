@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lagless.native import REALS, Rows, compile_source, in_memory
+from lagless.native import REALS, Rows, functions, in_memory
 
 SMALLEST = 1 << 20  # elements of all tensors together: fewer are not worth compiling for
 
@@ -32,17 +32,11 @@ def lerp_together(rows: Sequence[Sequence[Tensor]], gains: Sequence[float]) -> N
     """
     library, dtype = _library(), rows[0][0].dtype
     assert library is not None
-    function = library.lerp_float32 if dtype == torch.float32 else library.lerp_float64
     given, numbers = Rows(rows), np.array(gains, dtype=REALS[dtype])
-    function(len(rows), len(gains), given.sizes, given.addresses, numbers.ctypes.data, given.threads)
+    library[dtype](len(rows), len(gains), given.sizes, given.addresses, numbers.ctypes.data, given.threads)
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled functions; None where there is no working compiler."""
-    library = compile_source("lerp.c", _FLAGS)
-    if library is not None:
-        for function in (library.lerp_float32, library.lerp_float64):
-            function.argtypes = [ctypes.c_size_t] * 2 + [ctypes.c_void_p] * 3 + [ctypes.c_size_t]
-            function.restype = None
-    return library
+def _library() -> dict[torch.dtype, Callable[..., None]] | None:
+    """By type; None where there is no working compiler."""
+    return functions("lerp.c", "lerp", _FLAGS, [ctypes.c_size_t] * 2 + [ctypes.c_void_p] * 3 + [ctypes.c_size_t])

@@ -10,8 +10,9 @@ import shlex
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from torch.nn import Parameter
 
 _log = logging.getLogger("lagless")
 _LOCK = threading.Lock()
+UNCONTRACTED = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-lm")
+"""Flags for elementwise formulas. Contracted products would make a value depend on where vectors leave off."""
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
 _FEWEST = 1 << 16  # elements per thread; starting one takes as long as some ten thousand elements
 
@@ -36,6 +39,19 @@ def compile_source(name: str, flags: Sequence[str]) -> ctypes.CDLL | None:
     """
     with _LOCK:
         return _compile(name, tuple(flags), os.environ.get("CC") or "cc")
+
+
+def functions(
+    source: str, name: str, flags: Sequence[str], arguments: Sequence[Any]
+) -> dict[torch.dtype, Callable[..., None]] | None:
+    """``name_float32`` and ``name_float64`` of a C file, by type; None without a working compiler."""
+    library = compile_source(source, flags)
+    if library is None:
+        return None
+    found = {dtype: getattr(library, f"{name}_{np.dtype(real).name}") for dtype, real in REALS.items()}
+    for function in found.values():
+        function.argtypes, function.restype = list(arguments), None
+    return found
 
 
 @functools.cache

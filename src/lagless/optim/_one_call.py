@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
-from lagless.native import REALS, Rows, compile_source, in_memory
+from lagless.native import REALS, UNCONTRACTED, Rows, functions, in_memory
 from lagless.optim._blocks import Row
 from lagless.updates import PaceConstants
-
-# Contracted products would make an element's value depend on where the compiler leaves off using vectors.
-_FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-lm")
 
 
 def fits_call(row: Row) -> bool:
@@ -36,19 +33,13 @@ def step_in_one_call(rows: Sequence[Row], k: PaceConstants) -> None:
     """
     library, dtype = _library(), rows[0][0].dtype
     assert library is not None
-    function = library.pace_float32 if dtype == torch.float32 else library.pace_float64
     given, constants = Rows(rows), np.array(k, dtype=REALS[dtype])
-    function(len(rows), given.sizes, given.addresses, constants.ctypes.data, given.threads)
+    library[dtype](len(rows), given.sizes, given.addresses, constants.ctypes.data, given.threads)
     for row in rows:
         increment_version(row[0])  # autograd notices changed weights only through the tensors it knows
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled step; None where there is no working compiler."""
-    library = compile_source("pace.c", _FLAGS)
-    if library is not None:
-        for function in (library.pace_float32, library.pace_float64):
-            function.argtypes = [ctypes.c_size_t, *[ctypes.c_void_p] * 3, ctypes.c_size_t]
-            function.restype = None
-    return library
+def _library() -> dict[torch.dtype, Callable[..., None]] | None:
+    """By type; None where there is no working compiler."""
+    return functions("pace.c", "pace", UNCONTRACTED, [ctypes.c_size_t, *[ctypes.c_void_p] * 3, ctypes.c_size_t])

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from lagless._validation import require_integer
 from lagless.optim.bias_corrected._microbatches import Collected, Microbatches, norms
 from lagless.optim.bias_corrected._report import Correction, CorrectionSums
-from lagless.optim.bias_corrected._sums import PowerSums, Sums
+from lagless.optim.bias_corrected._sums import PowerSums, Sums, sum_over_mesh
 
 STANDARD = ("embed", "lm_head", "wte", "shared.")
 _log = logging.getLogger("lagless")
@@ -327,14 +327,6 @@ class BiasCorrected(Optimizer):
 def tensors_of(group: dict[str, Any]) -> list[Tensor]:
     """The parameters of a group, named or not."""
     return [p[1] if isinstance(p, tuple) else p for p in group["params"]]
-
-
-def sum_over_mesh(value: Tensor, sharded: DTensor) -> Tensor:
-    """The sum over all processes of a sharded tensor's mesh."""
-    value, mesh = value.to(sharded.device, copy=True), sharded.device_mesh
-    for dimension in range(mesh.ndim):
-        dist.all_reduce(value, group=mesh.get_group(dimension))
-    return value
 
 
 def _data_parallel(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

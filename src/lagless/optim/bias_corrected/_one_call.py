@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lagless.native import REALS, Rows, compile_source, in_memory
+from lagless.native import REALS, UNCONTRACTED, Rows, functions, in_memory
 from lagless.updates import DERIVED, AdamForm
 
-# Contracted products would make an element's value depend on where the compiler leaves off using vectors.
-_FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-lm")
 _FORMS = {("none", "none"): 0, ("leave_one_out", "none"): 1, ("leave_one_out", "jackknife"): 2}
 
 
@@ -44,18 +42,12 @@ def step_in_one_call(form: AdamForm, row: Sequence[Tensor], numbers: Sequence[An
     """
     library, dtype = _library(), row[0].dtype
     assert library is not None
-    function = library.adam_float32 if dtype == torch.float32 else library.adam_float64
     given, constants = Rows([row]), np.array(numbers, dtype=REALS[dtype])
     number = _FORMS[form.cross_fit, form.inverse_correction]
-    function(number, given.sizes, given.addresses, constants.ctypes.data, given.threads)
+    library[dtype](number, given.sizes, given.addresses, constants.ctypes.data, given.threads)
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled step; None where there is no working compiler."""
-    library = compile_source("adam.c", _FLAGS)
-    if library is not None:
-        for function in (library.adam_float32, library.adam_float64):
-            function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 3, ctypes.c_size_t]
-            function.restype = None
-    return library
+def _library() -> dict[torch.dtype, Callable[..., None]] | None:
+    """By type; None where there is no working compiler."""
+    return functions("adam.c", "adam", UNCONTRACTED, [ctypes.c_int, *[ctypes.c_void_p] * 3, ctypes.c_size_t])

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lagless.averaging._sharding import Sharding
 from lagless.optim._kernels import compiled, fits_kernel, flat
@@ -126,6 +127,14 @@ def over_shards(value: Tensor, tensor: Tensor) -> Tensor:
     for dimension, placement in enumerate(sharding.placements):
         if not placement.is_replicate():
             dist.all_reduce(value, group=sharding.mesh.get_group(dimension))
+    return value
+
+
+def sum_over_mesh(value: Tensor, sharded: DTensor) -> Tensor:
+    """The sum over all processes of a sharded tensor's mesh."""
+    value, mesh = value.to(sharded.device, copy=True), sharded.device_mesh
+    for dimension in range(mesh.ndim):
+        dist.all_reduce(value, group=mesh.get_group(dimension))
     return value
 
 
