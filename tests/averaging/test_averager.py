@@ -575,5 +575,5 @@ def test_an_average_of_no_step_at_all_says_what_was_forgotten():
 
 @pytest.mark.parametrize("rules", [[EMA()], EMA, "ema"], ids=repr)
 def test_what_is_no_rule_is_refused_in_words(rules):
-    with pytest.raises(TypeError, match="give one rule, e.g. BEMA"):
+    with pytest.raises(TypeError, match="give one rule, e.g. EMA"):
         Averager(torch.nn.Linear(2, 1), rules)

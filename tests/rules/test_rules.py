@@ -232,7 +232,7 @@ def test_json_of_something_else():
     "given", [[EMA()], (EMA(),), EMA, "bema", {1: EMA()}, {"ema": "ema"}, {"ema": EMA}, None], ids=repr
 )
 def test_what_is_no_rule_nor_rules_by_name(given):
-    with pytest.raises(TypeError, match="give one rule, e.g. BEMA"):
+    with pytest.raises(TypeError, match="give one rule, e.g. EMA"):
         named_rules(given)
 
 

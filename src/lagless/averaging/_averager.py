@@ -62,15 +62,16 @@ class Averager:
     >>> import torch, lagless
     >>> model = torch.nn.Linear(2, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> avg = lagless.Averager(model, {"ema": lagless.EMA(decay=0.9), "bema": lagless.BEMA(update_freq=2)})
+    >>> rules = {"ema": lagless.EMA(half_life_fraction=0.05), "window": lagless.WindowAverage(update_freq=2)}
+    >>> avg = lagless.Averager(model, rules)
     >>> handle = avg.attach(optimizer)
     >>> for _ in range(4):
     ...     optimizer.zero_grad()
     ...     model(torch.ones(1, 2)).square().mean().backward()
     ...     optimizer.step()
-    >>> avg.step, avg.updates("bema")
+    >>> avg.step, avg.updates("window")
     (4, 2)
-    >>> with avg.applied("bema"):
+    >>> with avg.applied("ema"):
     ...     averaged = model(torch.ones(1, 2))
     """
 

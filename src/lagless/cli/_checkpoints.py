@@ -171,7 +171,7 @@ def inspect_command(
     source = _source(run)
     where: dict[str, Any] = {"start": start, "start_step": start_step, "steps": _numbers(steps)}
     if (settings or grid) and not rule:
-        raise ValueError("rule arguments were given without --rule; say which rule they belong to, e.g. --rule bema.")
+        raise ValueError("rule arguments were given without --rule; say which rule they belong to, e.g. --rule ema.")
     trajectory = find_checkpoints(source, **where).until(at)
     summary = inspect_run(source, _rules(trajectory, rule, settings, grid) if rule else None, **where, at=at)
     kind = "adapter" if summary.is_adapter else "model"

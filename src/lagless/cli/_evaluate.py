@@ -69,7 +69,7 @@ def evaluate(
     from lagless.experiments.evaluate import EvaluationPlan, evaluate_models, swings, write_results
 
     if (settings or grid) and not rule:
-        raise ValueError("rule arguments were given without --rule; say which rule they belong to, e.g. --rule bema.")
+        raise ValueError("rule arguments were given without --rule; say which rule they belong to, e.g. --rule ema.")
     _check_output(output)
     plan = EvaluationPlan(
         tuple(dict.fromkeys(task)),

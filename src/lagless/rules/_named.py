@@ -30,4 +30,7 @@ def named_rules(rules: Any) -> dict[str, Rule]:
     return dict(rules)
 
 
-_WANTED = "give one rule, e.g. BEMA(), or a mapping of names to rules, e.g. {'bema': BEMA(), 'ema': EMA()}"
+_WANTED = (
+    "give one rule, e.g. EMA(half_life_fraction=0.05), or a mapping of names to rules, e.g. "
+    "{'ema': EMA(half_life_fraction=0.05), 'window': WindowAverage()}"
+)

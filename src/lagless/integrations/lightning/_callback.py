@@ -21,10 +21,11 @@ from lagless.rules import Rule
 class AveragingCallback(Callback):
     """Averages of the module's weights: validated beside the live ones, kept in every checkpoint, exported at the end.
 
-    ``Trainer(callbacks=[AveragingCallback(BEMA())])`` is all. Training is bitwise what it is without the callback.
+    ``Trainer(callbacks=[AveragingCallback(EMA(half_life_fraction=0.05))])`` is all. Training is bitwise what it is
+    without the callback.
 
     - Every validation inside ``fit`` is repeated with each selected average in the module, and its metrics are logged
-      with the average's name in front: ``val_loss`` gives ``bema_val_loss``. ``ModelCheckpoint``, ``EarlyStopping`` and
+      with the average's name in front: ``val_loss`` gives ``ema_val_loss``. ``ModelCheckpoint``, ``EarlyStopping`` and
       learning rate schedulers can monitor them. An average without an update yet has no metrics.
     - Every checkpoint holds the averager's state; ``fit(ckpt_path=...)`` goes on bit for bit. :func:`load_average`
       gives the averaged model in a checkpoint.
@@ -55,8 +56,8 @@ class AveragingCallback(Callback):
         RuntimeError: when training ends before a rule's first update.
         NotImplementedError: under a strategy that shards parameters.
 
-    >>> from lagless import BEMA, EMA
-    >>> callback = AveragingCallback({"bema": BEMA(update_freq=100), "ema": EMA(update_freq=100)}, evaluate=["bema"])
+    >>> from lagless import EMA
+    >>> callback = AveragingCallback(EMA(half_life_fraction=0.05))
     """
 
     def __init__(

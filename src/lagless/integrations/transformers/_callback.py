@@ -58,8 +58,8 @@ class AveragingCallback(TrainerCallback):
         ValueError: at the start of training, if a rule would have no update in it or anything else does not fit.
         RuntimeError: at the end of training, if it stopped before a rule's first update.
 
-    >>> from lagless import BEMA, EMA
-    >>> callback = AveragingCallback({"bema": BEMA(), "ema": EMA()}, evaluate=["bema"])
+    >>> from lagless import EMA
+    >>> callback = AveragingCallback(EMA(half_life_fraction=0.05))
     >>> # Trainer(..., callbacks=[callback])
     """
 
