@@ -59,6 +59,18 @@ def test_grid_writes_one_model_per_point(run, tmp_path, monkeypatch):
     torch.testing.assert_close(stored, (weights @ walk.double()).float(), rtol=0, atol=1e-6)
 
 
+def test_the_anchor_after_burn_in_is_named_with_its_weight(run, tmp_path, monkeypatch, capsys):
+    options = ["--rule", "ema", "--decay", "0.6", "--update-after", "200"]
+    assert lagless(monkeypatch, "inspect", run[0], *options) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "θ_200 +0.6000" in printed
+    assert "leaves 60% of its weight on θ_200, where averaging began," in printed
+    assert "EMA(half_life_fraction=0.05, update_after=200)" in printed
+    assert lagless(monkeypatch, "average", run[0], "-o", tmp_path / "out", *options) == 0
+    record = json.loads((tmp_path / "out" / "lagless.json").read_text())
+    assert record["anchor"] == {"name": "checkpoint-200", "step": 200, "weight": pytest.approx(0.6)}
+
+
 def test_dry_run_writes_nothing(run, tmp_path, monkeypatch, capsys):
     assert lagless(monkeypatch, "average", run[0], "-o", tmp_path / "out", "--dry-run") == 0
     assert "would be written to" in capsys.readouterr().out
@@ -107,7 +119,7 @@ def test_what_a_user_may_not_expect_is_said(run, monkeypatch, capsys):
     assert lagless(monkeypatch, "inspect", run[0], *arguments) == 0
     printed = capsys.readouterr().out
     assert "note: bema: update_freq=200 leaves out 1 of 4 checkpoints (steps 100); 100 uses all" in printed
-    assert "of the weight stays on θ_0, and the average trails by" in printed
+    assert "of its weight on θ_0" in printed and "EMA(half_life_fraction=0.05)" in printed
     assert "note: windowaverage: θ_0 (step 0) is not one of the snapshots averaged" in printed
 
 

@@ -9,6 +9,12 @@
 from lagless._version import __version__ as __version__
 from lagless.averaging import Averager as Averager
 from lagless.filters import (
+    Anchor as Anchor,
+)
+from lagless.filters import (
+    anchor as anchor,
+)
+from lagless.filters import (
     count_updates as count_updates,
 )
 from lagless.filters import (

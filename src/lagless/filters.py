@@ -7,14 +7,31 @@ running the recursion backwards on the read coefficients (its adjoint), not forw
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lagless.rules import Read, Rule, Update
+from lagless.rules import Read, Rule, Start, Update
 from lagless.schedules import Tick
 
 FloatArray = NDArray[np.float64]
+
+# Beyond this share, to either side, the start says more about an average than about any group of its iterates.
+LARGEST_START = 0.2
+
+
+class Anchor(NamedTuple):
+    """Where an average began, and how much of it is still there.
+
+    Attributes:
+        step: of the weights that its buffers were set to: θ_0, or the last iterate followed through burn-in.
+        weight: on those weights; negative where the rule extrapolates away from them.
+    """
+
+    step: int
+    weight: float
 
 
 def ticks(rule: Rule, steps: Sequence[int]) -> Iterator[Tick]:
@@ -155,8 +172,92 @@ def effective_iterates(weights: ArrayLike) -> float:
     return float(1.0 / (w @ w))
 
 
+def anchor(rule: Rule, steps: ArrayLike, at: int | None = None) -> Anchor:
+    """Return the step at which an average began and the weight left there.
+
+    Without burn-in that is θ_0; with it, the last iterate that was followed before the first update.
+
+    Args:
+        rule: the averaging rule.
+        steps: shape (n,), as for :func:`trajectory_weights`.
+        at: the step at which the average is read; default the last.
+
+    Raises:
+        ValueError: as :func:`trajectory_weights`.
+
+    >>> from lagless import EMA
+    >>> anchor(EMA(decay=0.5, update_after=10), [0, 10, 11, 12])
+    Anchor(step=10, weight=0.25)
+    """
+    times = check_steps(steps)
+    weights = trajectory_weights(rule, times, at)
+    end = len(times) if at is None else times.index(at) + 1
+    origin = _origin(rule, times[:end])
+    return Anchor(times[origin], float(weights[origin]))
+
+
+def run_anchor(rule: Rule, total_steps: int, start: int = 0, precision: float = 1e-4) -> Anchor:
+    """Return the :func:`anchor` of a run that sees every step from ``start`` to ``total_steps``, and of it the last.
+
+    Args:
+        rule: the averaging rule.
+        total_steps: the step at which the average is read.
+        start: the step of θ_0.
+        precision: older updates are left out once they can move less than about this weight.
+
+    Raises:
+        ValueError: if the rule makes no update in it.
+    """
+    require_updates(rule, total_steps, start)
+    begin, freq = max(start, rule.update_after), rule.update_freq
+    passed = (begin - rule.update_after) // freq
+    number = count_updates(rule, total_steps) - passed
+    last = rule.update_after + (passed + number) * freq
+    end = Tick(total_steps, last, number + 1)
+
+    def tick(k: int) -> Tick:
+        step = rule.update_after + (passed + k) * freq
+        return Tick(step, begin if k == 1 else step - freq, k)
+
+    kept = [isinstance(label, Start) for label in rule.labels]
+    newest = tick(number) if last == total_steps else end
+    coefficients = rule.read(newest).buffers
+    for k in range(newest.number, 0, -1):
+        coefficients = tail(rule.update(end if k > number else tick(k)), Read(coefficients, 0.0)).buffers
+        if sum(abs(c) for c, is_start in zip(coefficients, kept, strict=True) if not is_start) < precision:
+            break
+    return Anchor(begin, sum(coefficients))
+
+
+def start_note(rule: Rule, start: Anchor, last_step: int) -> str | None:
+    """Say what is wrong with the weight an average leaves where it began; None if it is at most 20 %.
+
+    Below -20 % the average lies beyond the last weights, seen from the start: to first order it is the run with its
+    learning rate multiplied by 1 - w from the beginning.
+    """
+    if abs(start.weight) <= LARGEST_START:
+        return None
+    burn_in = f", update_after={rule.update_after}" if rule.update_after else ""
+    remedy = f"EMA(half_life_fraction=0.05{burn_in})"
+    length, changed = last_step - start.step, _arguments(rule)
+    place = f"θ_{start.step}, where averaging began," if start.step else "θ_0"
+    if start.weight > 0.0:
+        shorter = [f"a smaller {name}" for name in ("ema_power", "half_life", "decay") if name in changed][-1:]
+        shorter = shorter or ["a smaller update_freq"]
+        return (
+            f"{type(rule).__name__}({', '.join(changed.values())}) leaves {start.weight:.0%} of its weight on {place} "
+            f"after {length:,} steps of averaging. Use {remedy}, which leaves none at any length, or {shorter[0]}."
+        )
+    weaker = ", or a larger bias_power" if hasattr(rule, "bias_power") else ""
+    return (
+        f"{type(rule).__name__}({', '.join(changed.values())}) puts {start.weight:.0%} of its weight on {place} after "
+        f"{length:,} steps of averaging: it goes {-start.weight:.0%} beyond the path of the run and overshoots where "
+        f"that bends. Use {remedy}, which does not extrapolate{weaker}."
+    )
+
+
 def weight_on_start(weights: ArrayLike) -> float:
-    """The weight left on θ_0; negative where a rule extrapolates away from it.
+    """The weight left on θ_0; negative where a rule extrapolates away from it. With burn-in, see :func:`anchor`.
 
     >>> weight_on_start([0.25, 0.75])
     0.25
@@ -178,6 +279,27 @@ def check_steps(steps: ArrayLike) -> list[int]:
     if times[0] < 0:
         raise ValueError(f"steps must be >= 0; the first is {int(times[0])}.")
     return [int(t) for t in times]
+
+
+def run_note(rule: Rule, total_steps: int, start: int = 0) -> str | None:
+    """:func:`start_note` of a run that sees every step from ``start`` to ``total_steps``."""
+    # Without θ_0 in a buffer, weights are spread once they leave the newest updates, and a rough sum is enough.
+    exact = any(isinstance(label, Start) for label in rule.labels)
+    found = run_anchor(rule, total_steps, start, precision=1e-4 if exact else LARGEST_START / 2)
+    return start_note(rule, found, total_steps)
+
+
+def _arguments(rule: Rule) -> dict[str, str]:
+    """The arguments of a rule as written, without the defaults; ``ema_power`` stays where it sets the gain."""
+    defaults = {f.name: f.default for f in fields(rule)}  # type: ignore[arg-type]
+    values = vars(rule)
+    widths = any(values.get(name) is not None for name in ("decay", "half_life", "half_life_fraction"))
+    shown = [
+        name
+        for name, value in values.items()
+        if name in defaults and (value != defaults[name] or (name in ("ema_power", "update_freq") and not widths))
+    ]
+    return {name: f"{name}={values[name]!r}" for name in shown}
 
 
 def _index(times: list[int], at: int) -> int:

@@ -58,7 +58,8 @@ def test_the_record_says_what_the_average_is_made_of(make_run: Make, tmp_path: P
     assert record["sources"][0]["files"] == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert [s["fingerprint"] for s in record["sources"][1:]] == [fingerprint(p) for p in sorted(run.iterdir())]
     assert record["accumulate"] == "float32" and record["dtype"] == "float64"
-    for key in ("mean_age", "effective_iterates", "weight_on_start"):
+    assert record["anchor"] == {"name": "base", "step": 0, "weight": summary.weights[0]}
+    for key in ("mean_age", "effective_iterates"):
         assert record[key] == getattr(summary, key)
 
 
@@ -165,7 +166,7 @@ def test_inspection(make_run: Make, tmp_path: Path) -> None:
     assert (found.shards, found.is_adapter, found.start_given) == (1, False, False)
     (uniform,) = found.averages
     assert np.allclose(uniform.weights, 1 / 3) and np.isclose(uniform.mean_age, 100)
-    assert np.isclose(uniform.effective_iterates, 3) and np.isclose(uniform.weight_on_start, 1 / 3)
+    assert np.isclose(uniform.effective_iterates, 3) and np.isclose(uniform.anchor.weight, 1 / 3)
     assert inspect_run(run).averages == ()
 
 

@@ -10,7 +10,10 @@ from lagless import (
     DEMA,
     EMA,
     OUEMA,
+    PowerEMA,
     UniformAverage,
+    WindowAverage,
+    anchor,
     count_updates,
     effective_iterates,
     mean_age,
@@ -18,7 +21,19 @@ from lagless import (
     trajectory_weights,
     weight_on_start,
 )
-from lagless.filters import common_update_freq, require_updates, ticks
+from lagless.filters import Anchor, common_update_freq, require_updates, run_anchor, run_note, start_note, ticks
+
+RULES_OF_ALL_KINDS = (
+    lambda after, freq: BEMA(update_after=after, update_freq=freq),
+    lambda after, freq: BEMA(update_after=after, update_freq=freq, form="trl"),
+    lambda after, freq: OUEMA(update_after=after, update_freq=freq),
+    lambda after, freq: DEMA(update_after=after, update_freq=freq),
+    lambda after, freq: EMA(update_after=after, update_freq=freq, decay=0.95),
+    lambda after, freq: EMA(update_after=after, update_freq=freq, half_life_fraction=0.05),
+    lambda after, freq: PowerEMA(update_after=after, update_freq=freq),
+    lambda after, freq: UniformAverage(update_after=after, update_freq=freq),
+    lambda after, freq: WindowAverage(update_after=after, update_freq=freq, window=3),
+)
 
 
 def forward_weights(rule, steps):
@@ -159,3 +174,39 @@ def test_bad_reconstruction(stored, wanted, message):
         reconstruct(stored, wanted)
     with pytest.raises(ValueError, match="max_residual=nan"):
         reconstruct([[1.0, 0.0]], [1.0, 0.0], max_residual=float("nan"))
+
+
+@given(
+    st.sampled_from(RULES_OF_ALL_KINDS),
+    st.integers(0, 40),
+    st.integers(1, 30),
+    st.integers(0, 50),
+    st.integers(0, 120),
+)
+def test_the_anchor_is_the_last_iterate_of_burn_in_with_all_the_weight_not_on_updates(make, after, freq, start, more):
+    rule = make(after, freq)
+    end = max(after, start) + freq + more
+    steps = range(start, end + 1)
+    weights = trajectory_weights(rule, steps)
+    found = anchor(rule, steps)
+    assert found.step == max(after, start)
+    updated = {tick.step for tick in ticks(rule, list(steps))} | {end}
+    assert found.weight == pytest.approx(1.0 - sum(weights[s - start] for s in updated), abs=1e-9)
+    assert run_anchor(rule, end, start) == (found.step, pytest.approx(found.weight, abs=1e-3))
+    assert (run_note(rule, end, start) is None) == (start_note(rule, found, end) is None) or (
+        abs(abs(found.weight) - 0.2) < 1e-3
+    )
+
+
+@pytest.mark.parametrize("steps, percent", [(400, "65%"), (7200, "53%"), (20000, "39%")])
+def test_the_default_bema_is_reported_at_usual_lengths(steps, percent):
+    note = run_note(BEMA(), steps)
+    assert note is not None and f"leaves {percent} of its weight on θ_0 after {steps:,} steps" in note
+    assert "EMA(half_life_fraction=0.05)" in note
+    assert run_note(EMA(half_life_fraction=0.05), steps) is None
+
+
+@pytest.mark.parametrize("weight, said", [(0.21, "leaves 21%"), (0.2, None), (-0.2, None), (-0.21, "puts -21%")])
+def test_a_note_is_made_beyond_a_fifth_of_the_weight_to_either_side(weight, said):
+    note = start_note(BEMA(), Anchor(0, weight), 1000)
+    assert said is None if note is None else said in note

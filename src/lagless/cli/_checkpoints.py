@@ -18,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from lagless.cli._console import err, out
-from lagless.filters import common_update_freq
+from lagless.filters import common_update_freq, start_note
 from lagless.posthoc import (
     AverageSummary,
     RunSummary,
@@ -226,11 +226,11 @@ def _span(steps: tuple[int, ...]) -> str:
 def _print_averages(summaries: Sequence[AverageSummary]) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("average", overflow="fold")
-    for column in ("mean age (steps)", "effective iterates", "weight on θ_0"):
+    for column in ("mean age (steps)", "effective iterates", "weight left on"):
         table.add_column(column, justify="right")
     table.add_column("settings other than the defaults", overflow="fold")
     for s in summaries:
-        numbers = f"{s.mean_age:,.1f}", f"{s.effective_iterates:.2f}", f"{s.weight_on_start:+.4f}"
+        numbers = f"{s.mean_age:,.1f}", f"{s.effective_iterates:.2f}", f"θ_{s.anchor.step} {s.anchor.weight:+.4f}"
         table.add_row(s.name, *numbers, _settings_of(s.rule))
     out.print(table, highlight=False)
     for s in summaries:
@@ -257,12 +257,8 @@ def _notes(s: AverageSummary) -> Iterator[str]:
             "noisier than the last checkpoint alone: the correction outweighs what averaging gains; a larger "
             "bias_power corrects less, and a larger ema_power averages more"
         )
-    if s.weight_on_start > 0.2:
-        yield (
-            f"{s.weight_on_start:.0%} of the weight stays on θ_0, and the average trails by {s.mean_age:,.0f} of "
-            f"{s.steps[-1] - s.steps[0]:,} steps; a shorter memory (a smaller ema_power, or an EMA with a "
-            "half_life_fraction) may do better"
-        )
+    if note := start_note(s.rule, s.anchor, s.steps[-1]):
+        yield note
 
 
 def _settings_of(rule: Rule) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lagless.filters import common_update_freq, effective_iterates, mean_age, ticks, trajectory_weights, weight_on_start
+from lagless.filters import Anchor, anchor, common_update_freq, effective_iterates, mean_age, ticks, trajectory_weights
 from lagless.posthoc.companions import companions
 from lagless.posthoc.destination import RECORD, check_destination
 from lagless.posthoc.layout import plan_layout
@@ -34,7 +34,7 @@ class AverageSummary:
         weights: the weight of each checkpoint.
         mean_age: how far the average trails behind the last checkpoint, in optimizer steps.
         effective_iterates: how many checkpoints it amounts to against independent noise.
-        weight_on_start: the weight on θ_0.
+        anchor: the step of the checkpoint at which averaging began (θ_0, or the last one of burn-in), and its weight.
         path: the model folder, for :func:`average_checkpoints`.
         nbytes: the size of the weight files there.
     """
@@ -45,7 +45,7 @@ class AverageSummary:
     weights: tuple[float, ...]
     mean_age: float
     effective_iterates: float
-    weight_on_start: float
+    anchor: Anchor
     path: Path | None = None
     nbytes: int = 0
 
@@ -234,7 +234,7 @@ def _summarize(name: str, rule: Rule, trajectory: Trajectory) -> AverageSummary:
         tuple(weights.tolist()),
         mean_age(weights, steps),
         effective_iterates(weights),
-        weight_on_start(weights),
+        anchor(rule, steps),
     )
 
 
@@ -263,7 +263,11 @@ def _record(
         "step": trajectory.steps[-1],
         "mean_age": summary.mean_age,
         "effective_iterates": summary.effective_iterates,
-        "weight_on_start": summary.weight_on_start,
+        "anchor": {
+            "name": trajectory.checkpoints[trajectory.steps.index(summary.anchor.step)].path.absolute().name,
+            "step": summary.anchor.step,
+            "weight": summary.anchor.weight,
+        },
         "sources": [
             {
                 "name": checkpoint.path.absolute().name,

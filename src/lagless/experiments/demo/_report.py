@@ -97,7 +97,7 @@ def _table(result: DemoResult) -> str:
         "minus live ± s.e.",
         "mean age (steps)",
         "effective iterates",
-        "weight on θ<sub>0</sub>",
+        f"weight on θ<sub>{result.plan.warmup}</sub>",
     )
     rows = [f"<tr class='group'>{_cells('live', 'no averaging', f'{result.live_loss:.3f}', '', '0', '1', '')}</tr>"]
     for row in result.rows:
@@ -139,8 +139,8 @@ def _definitions(result: DemoResult) -> str:
         "0 for the live weights; negative if a rule extrapolates.",
         "effective iterates": "how many independent snapshots the average amounts to, 1/Σ w²: the factor by which "
         "the variance of their noise falls, if iterates are independent.",
-        "weight on θ₀": f"how much of the weights at the start of averaging (step {plan.warmup}, the end of warm-up) "
-        "is left. Negative if a rule subtracts them.",
+        f"weight on θ_{plan.warmup}": "how much of the weights at the start of averaging (the end of "
+        "warm-up) is left. Negative if a rule subtracts them.",
         "EMA": "exponential moving average, ema ← (1−β) ema + β θ, with β = (ρ + t)^−κ at step t, once "
         "every φ steps. Larger κ or φ: a longer memory. A half-life in steps is another way to set β.",
         "BEMA": "that EMA plus α (θ − θ₀) with α = (ρ + t)^−η: a correction along the way travelled, "

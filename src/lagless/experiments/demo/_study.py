@@ -21,7 +21,7 @@ from lagless.experiments.demo._progress import Display
 from lagless.experiments.demo._results import Candidate, DemoResult, Row, Sample
 from lagless.experiments.demo._tokens import encode, held_out_sequences, random_batches, train_tokenizer
 from lagless.experiments.demo._train import train
-from lagless.filters import effective_iterates, mean_age, trajectory_weights, weight_on_start
+from lagless.filters import anchor, effective_iterates, mean_age, trajectory_weights
 from lagless.rules import Rule
 
 _PROMPT_TOKENS = 48
@@ -144,7 +144,7 @@ def _candidate(plan: Plan, name: str, rule: Rule, difference: float) -> Candidat
     steps = range(plan.warmup, plan.steps + 1)
     weights = trajectory_weights(rule, steps)
     return Candidate(
-        name, rule, difference, mean_age(weights, steps), effective_iterates(weights), weight_on_start(weights)
+        name, rule, difference, mean_age(weights, steps), effective_iterates(weights), anchor(rule, steps).weight
     )
 
 
