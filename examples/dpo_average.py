@@ -106,10 +106,10 @@ def main(arguments: list[str] | None = None) -> None:
                 if metric in entry:
                     print(f"  {name:5} step {entry['step']:4}  {entry[metric]:.4f}")
 
-        averaged = AutoModelForCausalLM.from_pretrained(Path(folder, "averaged", "bema"))
+        averaged = AutoModelForCausalLM.from_pretrained(Path(folder, "averaged", "ema"))
         prompt = words("c d e", return_tensors="pt").input_ids
         answers = [words.decode(m.generate(prompt, max_new_tokens=2, do_sample=False)[0]) for m in (model, averaged)]
-        print(f"what follows: live {answers[0]!r}, bema {answers[1]!r}")
+        print(f"what follows: live {answers[0]!r}, ema {answers[1]!r}")
 
 
 if __name__ == "__main__":
