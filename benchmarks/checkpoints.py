@@ -20,7 +20,8 @@ from _harness import measure, report
 from safetensors.torch import save_file
 
 from lagless import BEMA
-from lagless.posthoc import average_checkpoints, find_checkpoints, stream_product
+from lagless.checkpoints import find_checkpoints
+from lagless.posthoc import average_checkpoints, stream_product
 from lagless.rules import Rule
 
 CHUNK = 8 << 20

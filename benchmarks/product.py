@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from _harness import measure
 
-from lagless.posthoc.kernel import Product
+from lagless.execution._product_c import Product
 
 ROWS, COLUMNS, WIDTH, CALLS = 25, 9, 8192, 200
 PARAMETERS = 124_439_808  # GPT-2

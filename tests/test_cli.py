@@ -135,7 +135,7 @@ def test_a_full_disk_is_named(run, tmp_path, monkeypatch, capsys):
 def test_termination_leaves_nothing_half_written(run, tmp_path):
     code = f"""
 import sys, time
-import lagless.posthoc.writer as w
+import lagless.checkpoints._writer as w
 from lagless.cli import main
 original = w.ModelWriter.__call__
 def slow(self, *block):

@@ -13,12 +13,12 @@ from typing import Any
 
 from _collect import once, store
 
-from lagless.experiments.averages import LIVE, evaluate_averages
-from lagless.experiments.evaluate import load_tokenizer
-from lagless.experiments.evaluation import Sequences, held_out_sequences, sequence_losses
-from lagless.experiments.report import Claim, Figure, Run, Study, chosen_runs
-from lagless.experiments.sweep import Cell
-from lagless.posthoc import find_checkpoints
+from lagless.checkpoints import find_checkpoints
+from lagless.lab.averages import LIVE, evaluate_averages
+from lagless.lab.evaluate import load_tokenizer
+from lagless.lab.evaluation import Sequences, held_out_sequences, sequence_losses
+from lagless.lab.report import Claim, Figure, Run, Study, chosen_runs
+from lagless.lab.sweep import Cell
 from lagless.rules import BEMA, DEMA, EMA, OUEMA, Rule
 
 VALID, TEST = "valid/loss", "test/loss"

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lagless.experiments._environment import commit, machine
-from lagless.experiments.recipes import parse_override
-from lagless.experiments.report import Study, save_study
-from lagless.experiments.sweep import Cell, parse_grid, sweep_cells
+from lagless.lab._environment import commit, machine
+from lagless.lab.recipes import parse_override
+from lagless.lab.report import Study, save_study
+from lagless.lab.sweep import Cell, parse_grid, sweep_cells
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"

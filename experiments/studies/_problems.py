@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lagless.experiments.evaluation import problems
+from lagless.lab.evaluation import problems
 
 LEVEL, PROMPTS = 1, 64
 _EQUATIONS, _BASE, _TRAINING, _VALIDATION, _VOCABULARY = 120_000, 30_000, 20_000, 150, 400

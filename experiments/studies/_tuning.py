@@ -20,9 +20,9 @@ from _collect import Bench, once, seconds_of
 from _passages import prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lagless.experiments.evaluation import Sequences, held_out_sequences, sequence_losses
-from lagless.experiments.report import Run
-from lagless.experiments.sweep import Cell, sweep, sweep_cells
+from lagless.lab.evaluation import Sequences, held_out_sequences, sequence_losses
+from lagless.lab.report import Run
+from lagless.lab.sweep import Cell, sweep, sweep_cells
 
 BUDGET, FINALISTS = 12, 2
 TUNING_SEEDS, REPORTING_SEEDS = (100, 101), (0, 1, 2, 3, 4)

@@ -18,13 +18,13 @@ from _collect import SEEDS, Bench, once, seconds_of
 from _problems import LEVEL, PROMPTS, prepare
 from transformers import AutoModelForCausalLM
 
-from lagless.experiments.averages import LIVE, evaluate_averages
-from lagless.experiments.evaluate import load_tokenizer
-from lagless.experiments.evaluation import ClosedLoop, held_out_sequences, hf_model, oscillation
-from lagless.experiments.report import Claim, Figure
-from lagless.experiments.sweep import Cell
-from lagless.filters import trajectory_weights
-from lagless.posthoc import find_checkpoints
+from lagless.checkpoints import find_checkpoints
+from lagless.lab.averages import LIVE, evaluate_averages
+from lagless.lab.evaluate import load_tokenizer
+from lagless.lab.evaluation import ClosedLoop, held_out_sequences, hf_model, oscillation
+from lagless.lab.report import Claim, Figure
+from lagless.lab.sweep import Cell
+from lagless.rules._filter import trajectory_weights
 
 BASE_STEPS = 2000  # of training before
 SAVE, EVERY, SAMPLES, LONGEST = 10, 20, 4, 20

@@ -14,7 +14,7 @@ from _collect import Bench
 from _passages import LLAMA, VOCABULARY
 from _tuning import Axis, Method, Position, Trials, factors, on_books, report, tune
 
-from lagless.experiments.report import Claim, Figure
+from lagless.lab.report import Claim, Figure
 
 START_STEPS, STEPS, WARMUP, FOLDS = 300, 100, 20, 4
 # Settings, and how many of them run on the second tuning seed too. Sophia's were as Shampoo's until the best rate of

@@ -15,7 +15,7 @@ from _tuning import Axis, Method, Position, Trials, best_of, factors, full_grid,
 from bias_correction import COMMON, START, START_STEPS
 from pace import CLAMPED, EMAS, PAPER, SCHEDULE_FREE, WITH_EMAS, _adamw, _claim, _pace, _schedule
 
-from lagless.experiments.report import Claim, Figure, Run
+from lagless.lab.report import Claim, Figure, Run
 
 BUDGET, FINALISTS = 8, 1
 SCHEDULE_FREE_BUDGET = 16  # its search with 8 settings ended at a β₁ of 0.8, the least that was allowed then

@@ -11,7 +11,7 @@ from typing import Any
 
 from _collect import SEEDS, Bench
 
-from lagless.experiments.report import Claim, Run
+from lagless.lab.report import Claim, Run
 
 SEQUENCES = 100
 RUNS = {"plays": ("sft-averages-text", 64)}

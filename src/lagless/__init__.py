@@ -6,36 +6,27 @@
 1.0
 """
 
+from lagless._deprecated import install as _install
 from lagless._version import __version__ as __version__
 from lagless.averaging import Averager as Averager
-from lagless.filters import (
+from lagless.rules import (
+    BEMA as BEMA,
+    DEMA as DEMA,
+    EMA as EMA,
+    OUEMA as OUEMA,
     Anchor as Anchor,
-)
-from lagless.filters import (
+    PowerEMA as PowerEMA,
+    Reconstruction as Reconstruction,
+    Rule as Rule,
+    UniformAverage as UniformAverage,
+    WindowAverage as WindowAverage,
     anchor as anchor,
-)
-from lagless.filters import (
     count_updates as count_updates,
-)
-from lagless.filters import (
     effective_iterates as effective_iterates,
-)
-from lagless.filters import (
     mean_age as mean_age,
-)
-from lagless.filters import (
+    reconstruct as reconstruct,
     trajectory_weights as trajectory_weights,
-)
-from lagless.filters import (
     weight_on_start as weight_on_start,
 )
-from lagless.reconstruction import Reconstruction as Reconstruction
-from lagless.reconstruction import reconstruct as reconstruct
-from lagless.rules import BEMA as BEMA
-from lagless.rules import DEMA as DEMA
-from lagless.rules import EMA as EMA
-from lagless.rules import OUEMA as OUEMA
-from lagless.rules import PowerEMA as PowerEMA
-from lagless.rules import Rule as Rule
-from lagless.rules import UniformAverage as UniformAverage
-from lagless.rules import WindowAverage as WindowAverage
+
+_install()

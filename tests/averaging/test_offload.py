@@ -14,11 +14,11 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lagless import BEMA, DEMA, EMA, OUEMA, Averager, PowerEMA, UniformAverage, WindowAverage
-from lagless.averaging import _bank, _offload
+from lagless.averaging import _buffers, _offload
+from lagless.execution import pieces as cut_in_pieces
 
 RULES = {
     "ema": EMA(decay=0.9),
@@ -36,8 +36,8 @@ DEVICES = ["cpu", *([torch.accelerator.current_accelerator()] if torch.accelerat
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Tensors of many blocks, more than the staging memory holds, and a CPU that counts as an accelerator."""
-    monkeypatch.setattr(_bank, "can_overlap", lambda device: True)
-    monkeypatch.setattr(_bank, "_CPU_BLOCK", BLOCK)
+    monkeypatch.setattr(_buffers, "can_overlap", lambda device: True)
+    monkeypatch.setattr(_buffers, "_CPU_BLOCK", BLOCK)
     monkeypatch.setattr(_offload, "STAGING_BYTES", 4 * BLOCK * 4)
 
 
@@ -154,7 +154,7 @@ def test_parameters_of_several_dtypes():
 
 
 def test_compiled_updates(monkeypatch):
-    monkeypatch.setattr(_bank._fused, "SMALLEST", BLOCK)
+    monkeypatch.setattr(_buffers, "KERNEL_SMALLEST", BLOCK)
     live, rules = parameters(), {"a": EMA(), "b": BEMA(update_freq=1)}
     offload, sync = offloaded(live, rules, compile=True), synchronous(live, rules)
     optimizer = torch.optim.SGD(live.values(), lr=0.5)
@@ -237,7 +237,7 @@ def test_staging_memory_is_bounded(monkeypatch):
     for _ in range(3):
         offload.update()
     offload.wait()
-    slots = offload._bank._offload._slots
+    slots = offload._buffers._offload._slots
     assert sum(slot.nbytes for slot in slots) <= _offload.STAGING_BYTES < 40 * BLOCK * 4
     assert len(slots) == len(taken) > 1, "no other staging memory, also not in later updates"
     assert max(staged) <= slots[0].nbytes
@@ -287,11 +287,11 @@ def test_a_small_model_takes_little_staging_memory():
     offload = offloaded({"w": torch.ones(3)}, EMA())
     offload.update()
     offload.wait()
-    assert len(offload._bank._offload._slots) == 1
+    assert len(offload._buffers._offload._slots) == 1
 
 
 def fail_on(call, monkeypatch):
-    calls, update = [], _bank._update
+    calls, update = [], _buffers._update
 
     def failing(*arguments):
         calls.append(1)
@@ -299,7 +299,7 @@ def fail_on(call, monkeypatch):
             raise MemoryError("no memory for this block")
         update(*arguments)
 
-    monkeypatch.setattr(_bank, "_update", failing)
+    monkeypatch.setattr(_buffers, "_update", failing)
 
 
 @pytest.mark.parametrize("call", [1, 12])
@@ -423,7 +423,7 @@ def test_nothing_is_left_of_a_dropped_averager():
     live = parameters()
     offload = offloaded(live, RULES)
     offload.update()
-    gone = weakref.ref(offload._bank._offload)
+    gone = weakref.ref(offload._buffers._offload)
     (thread,) = gone()._thread._threads
     del offload
     thread.join(20)
@@ -436,10 +436,10 @@ def test_an_update_under_way_is_finished_at_exit(tmp_path):
     program = """
         import atexit, sys, time, torch
         from lagless import EMA, Averager
-        from lagless.averaging import _bank
+        from lagless.averaging import _buffers
 
-        _bank.can_overlap, _bank._CPU_BLOCK, update = lambda device: True, 64, _bank._update
-        _bank._update = lambda *arguments: (time.sleep(0.02), update(*arguments))
+        _buffers.can_overlap, _buffers._CPU_BLOCK, update = lambda device: True, 64, _buffers._update
+        _buffers._update = lambda *arguments: (time.sleep(0.02), update(*arguments))
         weights = {"w": torch.ones(640)}
         averager = Averager(weights, EMA(decay=0.5), device="cpu")
         weights["w"].fill_(3.0)
@@ -457,7 +457,7 @@ def test_the_cpu_itself_is_averaged_at_once(monkeypatch):
     monkeypatch.undo()
     offload = offloaded(parameters(), EMA())
     offload.update()
-    assert offload._bank._offload is None
+    assert offload._buffers._offload is None
 
 
 @given(
@@ -471,6 +471,6 @@ def test_pieces_cover_a_tensor_of_any_layout_in_order(shape, order, size, gaps):
     order.shuffle(axes)
     tensor = torch.arange(torch.Size(shape).numel() * 2).view(*shape, 2)
     tensor = (tensor[..., 0] if gaps else tensor[..., 0].contiguous()).permute(axes)
-    pieces = _bank.pieces(tensor, size, tensor.is_contiguous())
+    pieces = cut_in_pieces(tensor, size, tensor.is_contiguous())
     assert torch.equal(torch.cat([piece.reshape(-1) for piece in pieces]), tensor.reshape(-1))
     assert max(piece.numel() for piece in pieces) <= size

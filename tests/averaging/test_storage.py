@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lagless import BEMA, DEMA, EMA, OUEMA, Averager, WindowAverage
-from lagless.averaging import _bank, _fused, _together
-from lagless.averaging._rounding import stochastic_round_
+from lagless.averaging import _buffers
+from lagless.execution import KERNEL_SMALLEST, _lerp_c
+from lagless.execution._rounding import stochastic_round_
 
 
 def test_bfloat16_average_with_a_long_memory_moves():
@@ -79,10 +80,10 @@ def test_float32_average_of_bfloat16_parameters():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)])
 def test_compiled_update_equals_the_eager_one(dtype, tolerance, monkeypatch):
     calls = []
-    original = _fused.lerp_all
-    monkeypatch.setattr(_fused, "lerp_all", lambda *arguments: (calls.append(1), original(*arguments)))
+    original = _buffers.lerp_compiled
+    monkeypatch.setattr(_buffers, "lerp_compiled", lambda *arguments: (calls.append(1), original(*arguments)))
     rules = {"a": BEMA(update_freq=1), "b": EMA(decay=0.9), "d": DEMA(update_freq=1), "o": OUEMA(update_freq=1)}
-    weights = {"big": torch.randn(_fused.SMALLEST + 3).to(dtype), "small": torch.randn(5).to(dtype)}
+    weights = {"big": torch.randn(KERNEL_SMALLEST + 3).to(dtype), "small": torch.randn(5).to(dtype)}
     eager, compiled = Averager(weights, rules), Averager(weights, rules, compile=True)
     for n in range(3):
         weights["big"].add_(0.5 - n)
@@ -95,7 +96,7 @@ def test_compiled_update_equals_the_eager_one(dtype, tolerance, monkeypatch):
 
 
 def test_compiled_update_does_not_recompile_when_numbers_change():
-    weights = {"big": torch.randn(_fused.SMALLEST), "bigger": torch.randn(2 * _fused.SMALLEST)}
+    weights = {"big": torch.randn(KERNEL_SMALLEST), "bigger": torch.randn(2 * KERNEL_SMALLEST)}
     averager = Averager(weights, {"a": EMA(), "b": EMA(ema_power=0.2)}, compile=True)
     averager.update()
     before = averager.read("a")["big"]
@@ -109,7 +110,7 @@ def test_compiled_update_does_not_recompile_when_numbers_change():
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_one_call_into_c_equals_the_blocks(dtype, threads, monkeypatch):
-    if _together._library() is None:
+    if _lerp_c._library() is None:
         assert "CI" not in os.environ, "no C compiler"
         pytest.skip("no C compiler")
     rules = {
@@ -123,11 +124,11 @@ def test_one_call_into_c_equals_the_blocks(dtype, threads, monkeypatch):
     shapes = {"m": (70, 43), "s": (), "o": (1,), "none": (0,), "v": (5000,)}
     weights = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()} | {"t": torch.randn(9, 8).t()}
     calls = []
-    original = _together.lerp_together
+    original = _buffers.lerp_c
     monkeypatch.setattr(
-        _together, "lerp_together", lambda rows, gains: (calls.append((len(rows), len(gains))), original(rows, gains))
+        _buffers, "lerp_c", lambda rows, gains: (calls.append((len(rows), len(gains))), original(rows, gains))
     )
-    monkeypatch.setattr("lagless.native._FEWEST", 64)
+    monkeypatch.setattr("lagless.execution._c._FEWEST", 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     blocks, together = Averager(weights, rules), Averager(weights, rules)
     for _ in range(5):
@@ -136,7 +137,7 @@ def test_one_call_into_c_equals_the_blocks(dtype, threads, monkeypatch):
             assert name != "t" or not weight.is_contiguous()
         blocks.update()
         with monkeypatch.context() as patch:
-            patch.setattr(_together, "SMALLEST", 1)
+            patch.setattr(_buffers, "LERP_C_SMALLEST", 1)
             together.update()
     for name in rules:
         for key, value in blocks.read(name).items():
@@ -150,25 +151,27 @@ def test_one_call_into_c_equals_the_blocks(dtype, threads, monkeypatch):
 
 def test_without_a_c_compiler_it_is_the_blocks(monkeypatch):
     monkeypatch.setenv("CC", "lagless-has-no-such-compiler")
-    monkeypatch.setattr(_together, "SMALLEST", 1)
+    monkeypatch.setattr(_buffers, "LERP_C_SMALLEST", 1)
     weights = {"w": torch.randn(5)}
-    _together._library.cache_clear()
+    _lerp_c._library.cache_clear()
     try:
         averager = Averager(weights, {"a": EMA(decay=0.9), "b": EMA(decay=0.8)})
         before = weights["w"].clone()
         weights["w"].add_(1.0)
         averager.update()
-        assert _together._library() is None
+        assert _lerp_c._library() is None
         torch.testing.assert_close(averager.read("a")["w"], before + 0.1)
     finally:
-        _together._library.cache_clear()
+        _lerp_c._library.cache_clear()
 
 
 def test_blocks_cover_every_element_once():
-    live = [torch.arange(n, dtype=torch.float32) for n in (1, _bank._CPU_BLOCK - 1, 3, 2 * _bank._CPU_BLOCK + 7, 0)]
-    blocks = list(_bank._cut(live, [live, []], share=True))
+    live = [
+        torch.arange(n, dtype=torch.float32) for n in (1, _buffers._CPU_BLOCK - 1, 3, 2 * _buffers._CPU_BLOCK + 7, 0)
+    ]
+    blocks = list(_buffers._cut(live, [live, []], share=True))
     assert sum(p.numel() for block in blocks for p in block.live) == sum(t.numel() for t in live)
-    assert all(sum(p.numel() for p in block.live) <= _bank._CPU_BLOCK for block in blocks)
+    assert all(sum(p.numel() for p in block.live) <= _buffers._CPU_BLOCK for block in blocks)
     for block in blocks:
         for a, b in zip(block.live, block.buffers[0], strict=True):
             assert a.data_ptr() == b.data_ptr() and a.shape == b.shape

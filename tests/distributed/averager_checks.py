@@ -17,8 +17,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lagless import BEMA, DEMA, EMA, OUEMA, Averager, WindowAverage
-from lagless.averaging._sharding import Sharding
-from lagless.posthoc import CheckpointError
+from lagless.checkpoints import CheckpointError
+from lagless.execution._sharding import Sharding
 
 RULES = {
     "bema": BEMA(update_freq=2, update_after=1),

@@ -23,10 +23,11 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lagless import BEMA, EMA, Averager, WindowAverage
+from lagless.checkpoints import CheckpointError, open_checkpoint
+from lagless.checkpoints._atomic_folder import Destination
+from lagless.checkpoints._writer import ModelWriter
 from lagless.integrations.distributed import export_model
-from lagless.posthoc import CheckpointError, average_checkpoints, open_checkpoint
-from lagless.posthoc.destination import Destination
-from lagless.posthoc.writer import ModelWriter
+from lagless.posthoc import average_checkpoints
 
 from .averager_checks import full, move, same
 

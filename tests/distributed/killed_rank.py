@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 import lagless.averaging._state as state
 import lagless.integrations.distributed as distributed
 from lagless import EMA, Averager
+from lagless.checkpoints._writer import ModelWriter
 from lagless.posthoc import average_checkpoints
-from lagless.posthoc.writer import ModelWriter
 
 from .averager_checks import make_model, run_to, shard
 from .ranks import join

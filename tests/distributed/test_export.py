@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lagless.posthoc import average_checkpoints, fingerprint, open_checkpoint
+from lagless.checkpoints import fingerprint, open_checkpoint
+from lagless.posthoc import average_checkpoints
 
 from ..processes import TIMEOUT, Ended, launch, run_script
 from .export_checks import CHECKS, MESHES, RULES

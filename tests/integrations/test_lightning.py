@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lagless import BEMA, EMA
-from lagless.averaging import _bank, _offload
+from lagless.averaging import _buffers, _offload
+from lagless.checkpoints import CheckpointError
 from lagless.integrations.lightning import AveragingCallback, load_average
-from lagless.posthoc import CheckpointError
 
 from ..processes import launch
 
@@ -584,7 +584,7 @@ class Late(_offload.CopyStream):
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_averages_on_the_host_are_complete_when_fit_returns(tmp_path, monkeypatch, interrupted):
     monkeypatch.setattr(_offload, "CopyStream", Late)
-    monkeypatch.setattr(_bank, "can_overlap", lambda device: True)
+    monkeypatch.setattr(_buffers, "can_overlap", lambda device: True)
 
     class Interrupt(Callback):
         def on_train_batch_end(self, trainer, *_):

@@ -19,9 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lagless.averaging._sharding import local
+from lagless.execution import _process_sums
+from lagless.execution._sharding import local
 from lagless.optim import BiasCorrectedAdamW, BiasCorrectedShampoo, BiasCorrectedSophia
-from lagless.optim.bias_corrected import _sums
 
 ADAMW = {
     "standard": {"cross_fit": "none"},
@@ -132,11 +132,11 @@ def buckets(rank):
         torch.full(s, float(i + rank), dtype=(torch.float32, torch.float64)[i == 3]) for i, s in enumerate(shapes)
     ]
     expected = [torch.full_like(t, 2.0 * i + 1.0) for i, t in enumerate(tensors)]
-    for limit, messages in ((_sums.BUCKET, 2), (24, 4), (1, 6)):
+    for limit, messages in ((_process_sums.BUCKET, 2), (24, 4), (1, 6)):
         mine = [t.clone() for t in tensors]
         with pytest.MonkeyPatch.context() as patch, messages_sent() as sent:
-            patch.setattr(_sums, "BUCKET", limit)
-            _sums.sum_over(dist.group.WORLD, mine)
+            patch.setattr(_process_sums, "BUCKET", limit)
+            _process_sums.sum_over(dist.group.WORLD, mine)
         assert len(sent) == messages, limit
         assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
     model = DistributedDataParallel(make_model())

@@ -8,12 +8,13 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import metrics
 
+from lagless.execution import _adam_c
+from lagless.execution._compiled import KERNEL_SMALLEST
 from lagless.optim import BiasCorrectedAdamW, BiasCorrectedShampoo, BiasCorrectedSophia
-from lagless.optim._kernels import SMALLEST
-from lagless.optim.bias_corrected import _adam_step, _one_call
+from lagless.optim.bias_corrected import _adam_step
 from lagless.updates import AdamForm, EmaWeights, Group, Moments, adam_folds, fed_moments, two_nodes
 
-SIZE = SMALLEST + 37
+SIZE = KERNEL_SMALLEST + 37
 ADAMW = {
     "leave one out": {},
     "none, post-EMA": {"cross_fit": "none", "inverse_correction": "post_ema"},
@@ -62,18 +63,18 @@ def run(make, shapes, steps=4, dtype=torch.float32, unequal=None, **settings):
 @pytest.fixture
 def no_c(monkeypatch):
     """As on a device."""
-    monkeypatch.setattr(_adam_step, "fits_call", lambda *_: False)
+    monkeypatch.setattr(_adam_step, "fits_adam_c", lambda *_: False)
 
 
 @pytest.fixture
 def in_c(monkeypatch):
     """The shapes of the tensors that are stepped by a call into C."""
-    if _one_call._library() is None:
+    if _adam_c._library() is None:
         assert "CI" not in os.environ, "no C compiler"
         pytest.skip("no C compiler")
-    step, shapes = _adam_step.step_in_one_call, []
+    step, shapes = _adam_step.adam_step_c, []
     monkeypatch.setattr(
-        _adam_step, "step_in_one_call", lambda form, row, k: shapes.append(row[0].shape) or step(form, row, k)
+        _adam_step, "adam_step_c", lambda form, row, k: shapes.append(row[0].shape) or step(form, row, k)
     )
     return shapes
 
@@ -92,7 +93,7 @@ IN_C = {
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("unequal", [None, (3.0, 1.0, 0.0, 2.0)], ids=str)
 def test_one_call_into_c_is_the_eager_step(form, threads, unequal, in_c, monkeypatch):
-    monkeypatch.setattr("lagless.native._FEWEST", 16)
+    monkeypatch.setattr("lagless.execution._c._FEWEST", 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     shapes = [(7, 43), (), (1,), (0,), (1000,), (3, 5, 7)]
     settings = {"dtype": torch.float64, "unequal": unequal, "warm_start": 0, **form}

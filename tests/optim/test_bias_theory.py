@@ -8,7 +8,7 @@ import pytest
 from rich.cells import cell_len
 
 from lagless.cli import main
-from lagless.experiments.laboratory._bias_tables import (
+from lagless.lab.pictures._bias_tables import (
     FULL_HISTORY,
     FULL_HISTORY_COLUMNS,
     LONG_RUN,

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lagless import BEMA, DEMA, EMA, OUEMA, Averager, PowerEMA, UniformAverage, WindowAverage
-from lagless.optim import PACE, _kernels
-from lagless.optim._motion import motion, motion_on_device, pull_decay
-from lagless.schedules import Tick
+from lagless.optim import PACE
+from lagless.optim._average_step import motion, motion_on_device, pull_decay
+from lagless.rules._gains import Tick
 from lagless.testing import OPTIMIZER_CHECKS
 from lagless.updates import pace_constants, pulled_adamw
 
@@ -108,7 +108,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("check", OPTIMIZER_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_conformance(name, check, monkeypatch):
-    monkeypatch.setattr(_kernels, "SMALLEST", 2)  # the suite's tensors are small
+    monkeypatch.setattr("lagless.execution._compiled.KERNEL_SMALLEST", 2)  # the suite's tensors are small
     check(OPTIMIZERS[name])
 
 

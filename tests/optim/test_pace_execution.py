@@ -11,16 +11,17 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lagless import BEMA, EMA
-from lagless.averaging._rounding import Noise
-from lagless.optim import PACE, Pullback, _one_call
-from lagless.optim._blocks import _CPU_BLOCK, blocks
-from lagless.optim._devices import counts
+from lagless.execution import _pace_c
+from lagless.execution._blocks import _CPU_BLOCK, blocks
+from lagless.execution._compiled import KERNEL_SMALLEST
+from lagless.execution._devices import counts
+from lagless.execution._rounding import Noise
+from lagless.optim import PACE, Pullback
+from lagless.optim._average_step import motion
 from lagless.optim._executors import _rounded_at_random
-from lagless.optim._kernels import SMALLEST
-from lagless.optim._motion import motion
 from lagless.updates import PaceConstants, pace_constants, pulled_adamw
 
-SIZE = SMALLEST + 37
+SIZE = KERNEL_SMALLEST + 37
 SETTINGS = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
 
@@ -89,7 +90,7 @@ def test_execution_is_the_pure_update(case, execution, dtype, tolerance):
 
 @pytest.fixture
 def in_c():
-    if _one_call._library() is None:
+    if _pace_c._library() is None:
         assert "CI" not in os.environ, "no C compiler"
         pytest.skip("no C compiler")
 
@@ -99,7 +100,7 @@ def in_c():
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_one_call_into_c_is_the_pure_update_bit_for_bit(case, dtype, threads, monkeypatch):
-    monkeypatch.setattr("lagless.native._FEWEST", 16)
+    monkeypatch.setattr("lagless.execution._c._FEWEST", 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     # Torch's own square root on CPUs may be wrong by a unit in the last place; that of C and numpy never is.
     monkeypatch.setattr(
@@ -166,7 +167,7 @@ def test_weights_that_are_not_finite_spoil_no_average_that_rests():
 
 def test_without_a_c_compiler_it_is_the_kernel_of_torch(monkeypatch):
     monkeypatch.setenv("CC", "lagless-has-no-such-compiler")
-    _one_call._library.cache_clear()
+    _pace_c._library.cache_clear()
     kernels = []
     monkeypatch.setattr("lagless.optim._pace.step_in_one_kernel", lambda row, constants: kernels.append(row))
     try:
@@ -174,7 +175,7 @@ def test_without_a_c_compiler_it_is_the_kernel_of_torch(monkeypatch):
         weight.grad = torch.ones(SIZE)
         PACE([weight], compile=True).step()
     finally:
-        _one_call._library.cache_clear()
+        _pace_c._library.cache_clear()
     assert len(kernels) == 1
 
 
@@ -408,9 +409,9 @@ class WidestMade(TorchDispatchMode):
 
 @pytest.mark.parametrize("average", [EMA(), EMA(half_life_fraction=0.2, update_freq=2)], ids=str)
 def test_a_device_without_float64_is_not_asked_for_it(average, monkeypatch):
-    monkeypatch.setattr("lagless.optim._devices.WITHOUT_FLOAT64", ("cpu",))
+    monkeypatch.setattr("lagless.execution._devices.WITHOUT_FLOAT64", ("cpu",))
     kernels = []
-    monkeypatch.setattr("lagless.optim._pace.fits_call", lambda row: False)  # as on a device
+    monkeypatch.setattr("lagless.optim._pace.fits_pace_c", lambda row: False)  # as on a device
     monkeypatch.setattr("lagless.optim._pace.step_in_one_kernel", lambda row, constants: kernels.append(constants))
     for settings in ({"capturable": True}, {"compile": True}, {}):
         weight = nn.Parameter(torch.ones(SIZE))

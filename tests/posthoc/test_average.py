@@ -8,19 +8,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.model_files import files_under, make_state, save_model, save_sharded
 
 import lagless
 from lagless import BEMA, DEMA, EMA, OUEMA, UniformAverage, trajectory_weights
-from lagless.posthoc import (
-    CheckpointError,
-    average_checkpoints,
-    combine_checkpoints,
-    fingerprint,
-    inspect_run,
-    open_checkpoint,
-)
-
-from .conftest import files_under, make_state, save_model, save_sharded
+from lagless.checkpoints import CheckpointError, fingerprint, open_checkpoint
+from lagless.posthoc import average_checkpoints, combine_checkpoints, inspect_run
 
 Make = Callable[..., Path]
 RULES = {"ema": EMA(decay=0.9), "bema": BEMA(update_freq=10), "ou": OUEMA(update_freq=10), "dema": DEMA(update_freq=10)}

@@ -11,23 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from hypothesis.extra.numpy import array_shapes
+from tests.model_files import State, make_state, save_model, save_sharded
 from torch import Tensor
 
-from lagless.posthoc import (
-    CheckpointError,
-    blocks,
-    combine_checkpoints,
-    fingerprint,
-    kernel,
-    open_checkpoint,
-    stream_product,
-)
-from lagless.posthoc.blocks import block_width, covering_rows, scratch_bytes
-
-from .conftest import State, make_state, save_model, save_sharded
+from lagless.checkpoints import CheckpointError, fingerprint, open_checkpoint
+from lagless.execution import _product_c as kernel
+from lagless.posthoc import _blocks as blocks, combine_checkpoints, stream_product
+from lagless.posthoc._blocks import block_width, covering_rows, scratch_bytes
 
 Make = Callable[..., Path]
 
@@ -187,7 +179,7 @@ def test_files_are_held_open_only_while_few(
 ) -> None:
     states = [make_state(i) for i in range(5)]
     checkpoints = _open(make_run(states))
-    monkeypatch.setattr("lagless.posthoc.product._OPEN_FILES", limit)
+    monkeypatch.setattr("lagless.posthoc._weighted_sums._OPEN_FILES", limit)
     before = _open_files()
     counts = []
     stream_product(checkpoints, np.full(5, 0.2), lambda *_: counts.append(_open_files() - before), workers=1)

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lagless import (
     BEMA,
@@ -21,7 +20,7 @@ from lagless import (
     trajectory_weights,
     weight_on_start,
 )
-from lagless.filters import Anchor, common_update_freq, require_updates, run_anchor, run_note, start_note, ticks
+from lagless.rules import Anchor, common_update_freq, require_updates, run_anchor, run_note, start_note, ticks
 
 RULES_OF_ALL_KINDS = (
     lambda after, freq: BEMA(update_after=after, update_freq=freq),

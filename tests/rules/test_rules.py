@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import lagless
 from lagless import BEMA, DEMA, EMA, OUEMA, PowerEMA, UniformAverage, WindowAverage, mean_age, trajectory_weights
 from lagless.rules import named_rules, rule_from_dict, rule_to_dict
-from lagless.schedules import PowerClock, Tick
+from lagless.rules._gains import PowerClock, Tick
 from lagless.testing import RULE_CHECKS
 
 VECTORS = json.loads((Path(__file__).parent / "averaging_vectors.json").read_text())

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lagless.theory import AdamEstimator, GradientLaw, one_step_bias, stationary_bias
 from lagless.theory._preconditioners import EmaWeights, Moments

@@ -14,14 +14,12 @@ from torch.optim import Optimizer
 
 from lagless._validation import require_integer
 from lagless.averaging._attachment import Attachment
-from lagless.averaging._bank import Bank, RowUpdate
+from lagless.averaging._buffers import Bank, RowUpdate
+from lagless.averaging._initial_weights import StoredStart, check_start
 from lagless.averaging._live import LiveTensors, Source
-from lagless.averaging._sharding import Sharding, local
-from lagless.averaging._start import StoredStart, check_start
 from lagless.averaging._state import FORMAT, State, load_file, match, save_file
-from lagless.filters import require_updates, tail
-from lagless.rules import Read, Rule, Start, named_rules, rule_to_dict
-from lagless.schedules import Tick
+from lagless.execution import Sharding, local
+from lagless.rules import Read, Rule, Start, Tick, named_rules, require_updates, rule_to_dict, tail
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
@@ -111,7 +109,7 @@ class Averager:
             self._stored_start = StoredStart(start, self._live, live)
             absent = [label for label in labels if isinstance(label, Start)]
         place = None if device is None else torch.device(device)
-        self._bank = Bank(
+        self._buffers = Bank(
             live,
             labels,
             dtype=dtype,
@@ -155,7 +153,7 @@ class Averager:
                 _merge(rows, self._rows(name), name)
         if rows:
             # A row depends on buffers registered before its own, so from the last to the first each sees old values.
-            self._bank.update(live, [rows[i] for i in sorted(rows, reverse=True)], self.step)
+            self._buffers.update(live, [rows[i] for i in sorted(rows, reverse=True)], self.step)
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Call :meth:`update` after every real step of ``optimizer`` from now on.
@@ -189,7 +187,7 @@ class Averager:
         Raises:
             RuntimeError: if an update failed in the background.
         """
-        self._bank.wait()
+        self._buffers.wait()
 
     def updates(self, name: str | None = None) -> int:
         """How many updates the rule ``name`` has had; its average can be read from the first one on."""
@@ -296,14 +294,14 @@ class Averager:
                 names.setdefault(i, f"{rule}.{position}")
         tensors = {
             f"{names[i]}/{parameter}": sharding.present(part)
-            for i, buffer in enumerate(self._bank.buffers)
+            for i, buffer in enumerate(self._buffers.buffers)
             for parameter, sharding, part in zip(self._live.names, self._live.shardings, buffer, strict=bool(buffer))
         }
         stored = self._stored_start
         meta = {
             "format": FORMAT,
             "step": self.step,
-            "seed": self._bank.seed,
+            "seed": self._buffers.seed,
             "rules": {name: rule_to_dict(rule) for name, rule in self.rules.items()},
             "last": {name: tick._asdict() for name, tick in self._last.items()},
             "buffers": {rule: [names[i] for i in indices] for rule, indices in self._index.items()},
@@ -326,7 +324,7 @@ class Averager:
         parts = {name: Sharding.of(own["tensors"][name]).part_of(tensor) for name, tensor in match(state, own).items()}
         meta = state["meta"]
         self._last = {name: Tick(**meta["last"][name]) for name in self.rules}
-        self.step, self._bank.seed = meta["step"], meta["seed"]
+        self.step, self._buffers.seed = meta["step"], meta["seed"]
         for name, tensor in own["tensors"].items():
             local(tensor).copy_(parts[name])
         if self._stored_start is not None:
@@ -404,13 +402,13 @@ class Averager:
         weighted = [(self._index[name][j], w) for j, w in enumerate(buffers) if w != 0.0]
         self._live.check_frozen()
         stored = self._stored_start
-        base = stored.open() if stored and any(not self._bank.buffers[i] for i, _ in weighted) else None
+        base = stored.open() if stored and any(not self._buffers.buffers[i] for i, _ in weighted) else None
 
         def values() -> Iterator[Tensor]:
             for n, (parameter, live) in enumerate(zip(self._live.names, self._live.tensors(), strict=True)):
                 terms = [(live, live_weight)] if live_weight != 0.0 else []
                 for i, weight in weighted:
-                    buffer = self._bank.buffers[i]
+                    buffer = self._buffers.buffers[i]
                     if buffer:
                         terms.append((buffer[n], weight))
                     elif stored is not None and base is not None:

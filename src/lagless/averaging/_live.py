@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lagless.averaging._sharding import Sharding, fsdp_modules, is_sharded, local
+from lagless.execution import Sharding, fsdp_modules, is_sharded, local
 
 Source = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 

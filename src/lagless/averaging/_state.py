@@ -12,9 +12,8 @@ from typing import Any, TypedDict
 import safetensors
 from torch import Tensor
 
-from lagless.averaging._sharding import gather, ranks_of
-from lagless.posthoc.readers import Bytes, byte_view
-from lagless.posthoc.safetensors_format import TensorInfo, build_header
+from lagless.checkpoints import Bytes, TensorInfo, build_header, byte_view
+from lagless.execution import gather, ranks_of
 
 FORMAT = 1
 _KEY = "lagless"

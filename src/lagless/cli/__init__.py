@@ -13,13 +13,13 @@ from rich.markup import escape
 from safetensors import SafetensorError
 
 from lagless._version import __version__
+from lagless.checkpoints import CheckpointError
 from lagless.cli import _theory
 from lagless.cli._checkpoints import average, inspect_command
 from lagless.cli._console import err, out
 from lagless.cli._evaluate import evaluate, tune_command
 from lagless.cli._report import report
 from lagless.cli._train import recipes, sweep, train
-from lagless.posthoc import CheckpointError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -81,7 +81,7 @@ def demo(
     overwrite: Annotated[bool, typer.Option(help="Replace OUT.")] = False,
 ) -> None:
     """Train a small Llama from scratch, follow it with averages, and report what they did. Takes a few minutes."""
-    from lagless.experiments.demo import run_demo
+    from lagless.lab.demo import run_demo
 
     if files and not data:
         raise ValueError(f"{files[0]}: text files come after --data.")

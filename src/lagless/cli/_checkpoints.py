@@ -17,19 +17,16 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from lagless.checkpoints import Trajectory, find_checkpoints, parse_size
 from lagless.cli._console import err, out
-from lagless.filters import common_update_freq, start_note
 from lagless.posthoc import (
+    Accumulate,
     AverageSummary,
     RunSummary,
-    Trajectory,
     average_checkpoints,
-    find_checkpoints,
     inspect_run,
 )
-from lagless.posthoc.layout import parse_size
-from lagless.posthoc.product import Accumulate
-from lagless.rules import Rule, WindowAverage, rules_from_settings
+from lagless.rules import Rule, WindowAverage, common_update_freq, rules_from_settings, start_note
 
 Runs = Annotated[
     list[Path],

@@ -14,8 +14,8 @@ from lagless.cli._checkpoints import Grid, RuleNames, _numbers, _rule_options, _
 from lagless.cli._console import err, out
 
 if TYPE_CHECKING:
-    from lagless.experiments.evaluate import Row
-    from lagless.experiments.tune import Trial, Tuned
+    from lagless.lab.evaluate import Row
+    from lagless.lab.tune import Trial, Tuned
     from lagless.rules import Rule
 
 Data = Annotated[
@@ -66,7 +66,7 @@ def evaluate(
     With --rule, averages of a run are evaluated without being written. Differences are to the first row, paired.
     """
     _require("evaluate")
-    from lagless.experiments.evaluate import EvaluationPlan, evaluate_models, swings, write_results
+    from lagless.lab.evaluate import EvaluationPlan, evaluate_models, swings, write_results
 
     if (settings or grid) and not rule:
         raise ValueError("rule arguments were given without --rule; say which rule they belong to, e.g. --rule ema.")
@@ -124,10 +124,10 @@ def tune_command(
 ) -> None:
     """Find the best rule and setting for a run by gradients, and report it on data the search did not see."""
     _require("tune")
-    from lagless.experiments.evaluate import load_tokenizer
-    from lagless.experiments.evaluation import held_out_sequences
-    from lagless.experiments.tune import tune, write_tuned
-    from lagless.posthoc import find_checkpoints
+    from lagless.checkpoints import find_checkpoints
+    from lagless.lab.evaluate import load_tokenizer
+    from lagless.lab.evaluation import held_out_sequences
+    from lagless.lab.tune import tune, write_tuned
 
     _check_output(output)
     trajectory = find_checkpoints(run)
@@ -183,8 +183,8 @@ def _label(row: Row) -> str:
 
 
 def _print_rows(rows: list[Row]) -> None:
-    from lagless.experiments.evaluate import difference
-    from lagless.experiments.evaluation import Score
+    from lagless.lab.evaluate import difference
+    from lagless.lab.evaluation import Score
 
     table = Table(box=None, pad_edge=False)
     table.add_column("model", overflow="fold")

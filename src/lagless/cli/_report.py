@@ -19,7 +19,7 @@ def report(
     ] = Path("report"),
 ) -> None:
     """Compare the methods of studies by the rule stated in them, and write the report."""
-    from lagless.experiments.report import load_study, write_reports
+    from lagless.lab.report import load_study, write_reports
 
     given = studies or [Path("experiments/results")]
     files = [file for path in given for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]

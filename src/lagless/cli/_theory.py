@@ -51,7 +51,7 @@ def choose(
     plot: Annotated[Path | None, typer.Option(help="PNG file to write. Needs lagless[lab].")] = None,
 ) -> None:
     """Recommend a rule: its exact risk over a grid of settings, for a spectrum of curvatures and a noise scale."""
-    from lagless.experiments.laboratory import advise
+    from lagless.lab.pictures import advise
 
     if plot is not None:
         _require_matplotlib("choose --plot")
@@ -79,7 +79,7 @@ def check(
     dimension: Annotated[int, typer.Option(help="Dimension of the random process.")] = 4,
 ) -> None:
     """Check every statement of the BEMA paper on random processes, and show its slips with their numbers."""
-    from lagless.experiments.laboratory import print_statements
+    from lagless.lab.pictures import print_statements
 
     print_statements(dimension=dimension, seed=seed, console=out)
 
@@ -93,7 +93,7 @@ def preconditioner_bias(
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="JSON to write.")] = None,
 ) -> None:
     """Measure how far Adam-type updates are off on average, by estimator and by reason, with standard errors."""
-    from lagless.experiments.laboratory import print_biases
+    from lagless.lab.pictures import print_biases
 
     print_biases(samples=samples, steps=steps, chains=chains, seed=seed, output=output, console=out)
 
@@ -106,7 +106,7 @@ def figures(
 ) -> None:
     """Draw every figure of the laboratory, as PNG and as one page that says what to see."""
     _require_matplotlib("figures")
-    from lagless.experiments.laboratory._laboratory import run_laboratory
+    from lagless.lab.pictures import run_laboratory
 
     if seed < 0:
         raise ValueError(f"seed={seed}; it must be an integer >= 0.")
@@ -117,7 +117,7 @@ def figures(
 def primers(output: Output = Path("primer-figures")) -> None:
     """Draw the figures of the primers in the documentation."""
     _require_matplotlib("primers")
-    from lagless.experiments.laboratory._laboratory import make_primer_figures
+    from lagless.lab.pictures import make_primer_figures
 
     for path in make_primer_figures(output, console=out):
         out.print(str(path), highlight=False, markup=False)

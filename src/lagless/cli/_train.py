@@ -15,7 +15,7 @@ from rich.table import Table
 from lagless.cli._console import out
 
 if TYPE_CHECKING:
-    from lagless.experiments.sweep import Cell
+    from lagless.lab.sweep import Cell
 
 _NEEDED = {
     "recipes": ("pydantic", "yaml"),
@@ -53,7 +53,7 @@ def recipes(
 ) -> None:
     """List the recipes, or print one as YAML with what every field means; the output is a recipe file itself."""
     _require("recipes")
-    from lagless.experiments.recipes import describe, load_recipe, open_fields, recipe_names, summary
+    from lagless.lab.recipes import describe, load_recipe, open_fields, recipe_names, summary
 
     if name is not None:
         opened = [f"{field}=FILL IN" for field in open_fields(name)]
@@ -82,8 +82,8 @@ def train(
     """
     _require("train")
     _no_bars_in_files()
-    from lagless.experiments import training
-    from lagless.experiments.recipes import load_recipe
+    from lagless.lab import training
+    from lagless.lab.recipes import load_recipe
 
     loaded = load_recipe(recipe, changes)
     if dry_run:
@@ -114,8 +114,8 @@ def sweep(
     """Train every combination of values and seeds. Called again it does what is missing; several processes share it."""
     _require("sweep")
     _no_bars_in_files()
-    from lagless.experiments import sweep as engine
-    from lagless.experiments.recipes import parse_override
+    from lagless.lab import sweep as engine
+    from lagless.lab.recipes import parse_override
 
     overrides = dict(parse_override(change) for change in changes)
     cells = engine.sweep_cells(recipe, output, overrides, engine.parse_grid(grid) or None, _integers(seeds))
@@ -133,7 +133,7 @@ def sweep(
 
 def _table(cells: list[Cell]) -> Table:
     """Mean loss over seeds for every combination, best first."""
-    from lagless.experiments.statistics import mean
+    from lagless.lab.statistics import mean
 
     losses: dict[tuple[str, ...], list[float | None]] = defaultdict(list)
     for cell in cells:

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lagless.averaging import Averager
-from lagless.posthoc.destination import RECORD, Destination, check_destination
+from lagless.checkpoints import RECORD, Destination, check_destination
 from lagless.rules import rule_to_dict
 
 
 def record_text(averager: Averager, name: str, dtype: str = "auto") -> str:
     """What ``lagless.json`` says beside the average ``name``: the rule, the step, the number of updates."""
-    from lagless import __version__
+    from lagless._version import __version__
 
     record = {
         "lagless": __version__,

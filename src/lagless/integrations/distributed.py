@@ -13,11 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lagless.averaging import Averager, gather, plain_name, ranks_of, unwrap
+from lagless.checkpoints import OUTPUT_DTYPES, RECORD, Layout, ModelWriter, TensorInfo, check_destination, plan_layout
 from lagless.integrations._exports import record_text
-from lagless.posthoc.destination import RECORD, check_destination
-from lagless.posthoc.layout import OUTPUT_DTYPES, Layout, plan_layout
-from lagless.posthoc.safetensors_format import TensorInfo
-from lagless.posthoc.writer import ModelWriter
 
 
 def export_model(

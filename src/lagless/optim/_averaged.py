@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lagless.averaging._buffers import buffer_dtype
-from lagless.optim._blocks import local
-from lagless.optim._devices import counts
-from lagless.optim._motion import coefficients
+from lagless.execution import buffer_dtype, counts, local
+from lagless.optim._average_step import coefficients
 from lagless.rules import Read, Rule, rule_from_dict, rule_to_dict
 
 Self = TypeVar("Self", bound="AveragedOptimizer")

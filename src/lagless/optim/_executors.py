@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lagless.averaging._buffers import RowUpdate, move
-from lagless.averaging._rounding import Noise
-from lagless.optim._blocks import Row, blocks, cut
-from lagless.optim._kernels import compiled, flat
-from lagless.optim._motion import Motion
-from lagless.optim._statistics import Statistics
+from lagless.execution import Noise, Row, RowUpdate, blocks, compiled, cut, flat, move
+from lagless.optim._average_step import Motion
+from lagless.optim._pull_statistics import Statistics
 from lagless.rules import Read, Update
 from lagless.updates import PaceConstants, pulled_adamw
 
@@ -145,7 +142,7 @@ def _rounded_at_random(value: Tensor, step: Tensor, first: int) -> Tensor:
     """``value``, a tensor from element ``first`` on, to bfloat16, up or down at random, with ``value`` as expectation.
 
     The noise is a hash of an element's place and the step, so that a kernel needs no generator, and a resumed run draws
-    it again. The rounding is that of :func:`lagless.averaging._rounding.stochastic_round_`.
+    it again. The rounding is that of :func:`lagless.execution._rounding.stochastic_round_`.
     """
     bits = value.float().view(torch.int32)
     place = torch.arange(first, first + value.numel(), dtype=torch.int32, device=value.device).view(value.shape)

@@ -10,16 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lagless.averaging._rounding import Noise
+from lagless.execution import Noise, Row, block_size, counts, exact_dtype, fits_kernel, fits_pace_c, local, pace_step_c
+from lagless.optim._average_step import check_capturable, motion, motion_on_device
 from lagless.optim._averaged import AveragedOptimizer, average_keys, new_buffers
-from lagless.optim._blocks import Row, block_size, local
-from lagless.optim._devices import counts, exact_dtype
 from lagless.optim._executors import step_in_blocks, step_in_one_kernel, step_on_device
-from lagless.optim._kernels import fits_kernel
-from lagless.optim._motion import check_capturable, motion, motion_on_device
-from lagless.optim._one_call import fits_call, step_in_one_call
+from lagless.optim._pull_statistics import Statistics
 from lagless.optim._settings import check_average, check_between, check_dtype
-from lagless.optim._statistics import Statistics
 from lagless.rules import EMA, Rule
 from lagless.updates import PaceConstants, pace_constants
 
@@ -240,9 +236,9 @@ def _step_whole(rows: list[Row], k: PaceConstants, step: int) -> list[Row]:
     """Step the parameters for which one pass over memory is possible; returns the others."""
     whole, large, others = [], [], []
     for row in rows:
-        (whole if fits_call(row) else large if fits_kernel(row) else others).append(row)
+        (whole if fits_pace_c(row) else large if fits_kernel(row) else others).append(row)
     if whole:
-        step_in_one_call(whole, k)
+        pace_step_c(whole, k)
     if large:
         device = large[0][0].device
         constants = torch.tensor((*k, step), dtype=exact_dtype(device)).to(device, non_blocking=True)

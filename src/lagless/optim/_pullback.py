@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lagless.averaging._rounding import Noise
+from lagless.execution import Noise, Row, blocks, counts, local
+from lagless.optim._average_step import Motion, motion
 from lagless.optim._averaged import AveragedOptimizer, average_keys, new_buffers
-from lagless.optim._blocks import Row, blocks, local
 from lagless.optim._denominators import Denominator, denominator_of, is_plain
-from lagless.optim._devices import counts
 from lagless.optim._executors import move_average, pull_, towards, widened
-from lagless.optim._motion import Motion, motion
 from lagless.optim._pace import PACE_AVERAGE
 from lagless.optim._settings import check_average, check_between, check_dtype
 from lagless.rules import Rule

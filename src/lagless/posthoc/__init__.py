@@ -1,15 +1,31 @@
 """Averages of stored checkpoints: find them, combine them in one pass, write models that load."""
 
-from lagless.posthoc.average import AverageSummary as AverageSummary
-from lagless.posthoc.average import RunSummary as RunSummary
-from lagless.posthoc.average import average_checkpoints as average_checkpoints
-from lagless.posthoc.average import inspect_run as inspect_run
-from lagless.posthoc.checkpoint import Checkpoint as Checkpoint
-from lagless.posthoc.checkpoint import open_checkpoint as open_checkpoint
-from lagless.posthoc.combine import combine_checkpoints as combine_checkpoints
-from lagless.posthoc.errors import CheckpointError as CheckpointError
-from lagless.posthoc.fingerprint import fingerprint as fingerprint
-from lagless.posthoc.product import Consumer as Consumer
-from lagless.posthoc.product import stream_product as stream_product
-from lagless.posthoc.trajectory import Trajectory as Trajectory
-from lagless.posthoc.trajectory import find_checkpoints as find_checkpoints
+from lagless._deprecated import former_names as _former_names
+from lagless.posthoc._average import (
+    AverageSummary as AverageSummary,
+    RunSummary as RunSummary,
+    average_checkpoints as average_checkpoints,
+    inspect_run as inspect_run,
+)
+from lagless.posthoc._combine import combine_checkpoints as combine_checkpoints
+from lagless.posthoc._weighted_sums import (
+    Accumulate as Accumulate,
+    Consumer as Consumer,
+    Progress as Progress,
+    stream_product as stream_product,
+)
+
+__getattr__ = _former_names(
+    __name__,
+    {
+        name: f"lagless.checkpoints:{name}"
+        for name in (
+            "Checkpoint",
+            "CheckpointError",
+            "Trajectory",
+            "find_checkpoints",
+            "fingerprint",
+            "open_checkpoint",
+        )
+    },
+)

@@ -7,9 +7,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from lagless._validation import check_choice, check_number
+from lagless.rules._gains import FORMS, Form, Tick, Timing
 from lagless.rules._power import check_power, power_clock, power_gain
 from lagless.rules._rule import Average, Read, Rule, Start, Update
-from lagless.schedules import FORMS, Form, Tick, Timing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class BEMA(Rule):
     Reference:
         Block and Zhang, *EMA Without the Lag*, arXiv 2508.00180, Algorithm 1; defaults from Table 2.
 
-    >>> from lagless.schedules import Tick
+    >>> from lagless.rules._gains import Tick
     >>> BEMA(ema_power=0.0, bias_power=0.5, lag=0.0).read(Tick(step=400, previous=0, number=1))
     Read(buffers=(-0.05, 1.0), live=0.05)
     """

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from lagless._validation import check_choice, check_number
+from lagless.rules._gains import ConstantGain, Gain, HalfLifeGain, ProfileGain, Tick
 from lagless.rules._power import POWER_ARGUMENTS, check_power, power_gain
 from lagless.rules._rule import Average, Read, Rule, Update, lerp
-from lagless.schedules import ConstantGain, Gain, HalfLifeGain, ProfileGain, Tick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class EMA(Rule):
         Block and Zhang, *EMA Without the Lag*, arXiv 2508.00180, Algorithm 1 with α = 0 and Table 2. A half-life as a
         fraction of the run follows torchtitan's ``half_life_fraction`` to first order in Δ/t.
 
-    >>> from lagless.schedules import Tick
+    >>> from lagless.rules._gains import Tick
     >>> EMA(half_life=100).update(Tick(step=100, previous=0, number=1)).live
     (0.5,)
     """

@@ -6,7 +6,7 @@ import math
 from typing import Protocol
 
 from lagless._validation import check_number
-from lagless.schedules import Form, PowerClock, PowerGain, Tick
+from lagless.rules._gains import Form, PowerClock, PowerGain, Tick
 
 POWER_ARGUMENTS: tuple[str, ...] = ("ema_power", "multiplier", "lag", "min_ema_multiplier", "form")
 

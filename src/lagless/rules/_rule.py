@@ -14,7 +14,7 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 from lagless._validation import check_integer
-from lagless.schedules import Gain, Tick, Timing
+from lagless.rules._gains import Gain, Tick, Timing
 
 Row = tuple[float, ...]
 

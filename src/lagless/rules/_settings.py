@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 
-from lagless.rules._json import RULES
+from lagless.rules._registry import RULES
 from lagless.rules._rule import Rule
 
 Value = str | float | int

@@ -9,8 +9,8 @@ from functools import cache
 import numpy as np
 
 from lagless._validation import check_integer, check_number
+from lagless.rules._gains import Gain, ProfileGain, Tick, UniformGain
 from lagless.rules._rule import Average, Read, Rule, Snapshot, Update, lerp
-from lagless.schedules import Gain, ProfileGain, Tick, UniformGain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,5 @@
 >>> check_optimizer(torch.optim.AdamW)
 """
 
-from lagless.testing._optimizers import OPTIMIZER_CHECKS as OPTIMIZER_CHECKS
-from lagless.testing._optimizers import check_optimizer as check_optimizer
-from lagless.testing._rules import RULE_CHECKS as RULE_CHECKS
-from lagless.testing._rules import check_rule as check_rule
+from lagless.testing._optimizers import OPTIMIZER_CHECKS as OPTIMIZER_CHECKS, check_optimizer as check_optimizer
+from lagless.testing._rules import RULE_CHECKS as RULE_CHECKS, check_rule as check_rule

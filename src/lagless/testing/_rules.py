@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from lagless.averaging import Averager
-from lagless.filters import FloatArray, ticks, trajectory_weights
-from lagless.rules import Rule
+from lagless.rules import FloatArray, Rule, ticks, trajectory_weights
 
 
 def check_rule(rule: Rule) -> None:

@@ -11,9 +11,7 @@ from typing import Literal
 import numpy as np
 
 from lagless._validation import check_integer, check_number, require_integer
-from lagless.filters import FloatArray, trajectory_weights
-from lagless.rules import EMA, Rule
-from lagless.schedules import Timing
+from lagless.rules import EMA, FloatArray, Rule, Timing, trajectory_weights
 from lagless.theory._discrete import QuadraticSGD
 from lagless.theory._risk import Risk
 from lagless.theory._rule_grid import default_rules

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 from lagless.theory._matrices import check_positive, check_tau, commute, inverse, op_norm, positive_definite
 from lagless.theory._process import OrnsteinUhlenbeck
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lagless._validation import check_number
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 
 ITERATE, INTEGRAL, EFFORT, TARGET, ONE = range(5)
 

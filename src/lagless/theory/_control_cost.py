@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lagless._validation import require_integer
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 from lagless.theory._control import EFFORT, INTEGRAL, ITERATE, TARGET, Control, ControlProblem
 
 

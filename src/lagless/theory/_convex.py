@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lagless._validation import check_number, require_integer
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 from lagless.theory._estimate import Estimate, estimate
 from lagless.theory._pulled_sgd import pulled_sgd
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 from lagless.theory._advice import AveragingProblem
 from lagless.theory._estimate import Estimate
 from lagless.theory._trajectory_moments import TrajectoryMoments

@@ -10,8 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from lagless._validation import require_integer
-from lagless.filters import FloatArray
-from lagless.rules import Rule
+from lagless.rules import FloatArray, Rule
 from lagless.theory._gauss_markov import BLOCK, GaussMarkov, Steps
 from lagless.theory._matrices import check_positive, point_and_matrices
 from lagless.theory._progress import track

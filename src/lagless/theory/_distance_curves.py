@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lagless.filters import FloatArray
-from lagless.rules import Rule
+from lagless.rules import FloatArray, Rule
 from lagless.theory._estimators import MaximumLikelihood
 from lagless.theory._process import OrnsteinUhlenbeck
 from lagless.theory._risk import Risk

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import sqrt
 from typing import NamedTuple
 
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 
 
 class Estimate(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 from lagless.theory._integrals import integral_covariance, integral_cross_covariance, reach
 from lagless.theory._matrices import check_positive, check_tau, inverse, positive_definite
 from lagless.theory._quadrature import integrate

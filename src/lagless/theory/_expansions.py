@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 from lagless.theory._preconditioners import AdamEstimator, Folds, Moments
 from lagless.updates import CrossFit, EmaWeights
 

@@ -15,8 +15,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from lagless._validation import require_integer
-from lagless.filters import FloatArray
-from lagless.rules import Rule
+from lagless.rules import FloatArray, Rule
 from lagless.theory._matrices import check_time, point_and_matrices, square_root
 from lagless.theory._progress import track
 from lagless.theory._risk import Risk, risk_from_weights, risks_from_moments

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 from lagless.theory._quadrature import gauss_legendre
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 
 
 def point_and_matrices(

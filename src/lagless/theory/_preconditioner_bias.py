@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lagless._validation import check_choice, check_number, require_integer
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 from lagless.theory._estimate import Estimate, estimate
 from lagless.theory._matrices import check_time
 from lagless.theory._preconditioners import EmaWeights, Folds, UpdateEstimator

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lagless import updates
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 from lagless.updates import CrossFit, EmaWeights
 
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lagless.filters import FloatArray
-from lagless.rules import Rule
+from lagless.rules import FloatArray, Rule
 from lagless.theory._discrete import QuadraticAdamW, QuadraticSGD
 from lagless.theory._estimators import Estimator
 from lagless.theory._gauss_markov import GaussMarkov, Steps

@@ -14,7 +14,7 @@ from math import sqrt
 import numpy as np
 
 from lagless._validation import check_number
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 from lagless.theory._matrices import check_fraction, check_positive
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lagless._validation import require_integer
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 from lagless.theory._matrices import check_fraction
 from lagless.theory._pull import PullRecursion
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(20)
 _MAX_INTERVALS = 4096

@@ -14,9 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lagless.filters import FloatArray
-from lagless.rules import Rule
-from lagless.schedules import Tick, Timing
+from lagless.rules import FloatArray, Rule, Tick, Timing
 from lagless.theory._run import moves, read_steps
 
 

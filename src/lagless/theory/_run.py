@@ -7,9 +7,7 @@ from numbers import Integral
 from typing import NamedTuple
 
 from lagless._validation import require_integer
-from lagless.filters import check_steps as check_steps
-from lagless.rules import Rule
-from lagless.schedules import Tick
+from lagless.rules import Rule, Tick, check_steps as check_steps
 
 
 class Move(NamedTuple):

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from lagless.filters import FloatArray, tail
-from lagless.rules import Read, Rule
+from lagless.rules import FloatArray, Read, Rule, tail
 from lagless.theory._estimators import Estimator
 from lagless.theory._gauss_markov import Steps
 from lagless.theory._process import OrnsteinUhlenbeck

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 from lagless.theory._bounds import (
     commuting_plug_in_upper_bound,
     cramer_rao,

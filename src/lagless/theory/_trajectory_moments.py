@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lagless.filters import FloatArray, check_steps
+from lagless.rules import FloatArray, check_steps
 
 
 class TrajectoryMoments:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lagless.filters import FloatArray
+from lagless.rules import FloatArray
 from lagless.theory._estimate import Estimate
 
 FASTEST = 0.99  # the largest rate that is fitted

@@ -1,29 +1,35 @@
 """Update functions: numbers and tensors in, numbers and tensors out; no modules, optimizers or files."""
 
-from lagless.updates._adam import CORRECTIONS as CORRECTIONS
-from lagless.updates._adam import DERIVED as DERIVED
-from lagless.updates._adam import REFERENCE as REFERENCE
-from lagless.updates._adam import AdamForm as AdamForm
-from lagless.updates._adam import Constants as Constants
-from lagless.updates._adam import CrossFit as CrossFit
-from lagless.updates._adam import EmaWeights as EmaWeights
-from lagless.updates._adam import Folds as Folds
-from lagless.updates._adam import Group as Group
-from lagless.updates._adam import InverseCorrection as InverseCorrection
-from lagless.updates._adam import Moments as Moments
-from lagless.updates._adam import adam_folds as adam_folds
-from lagless.updates._adam import fed_moments as fed_moments
-from lagless.updates._adam import support_clip as support_clip
-from lagless.updates._pace import PaceConstants as PaceConstants
-from lagless.updates._pace import pace_constants as pace_constants
-from lagless.updates._pace import pulled_adamw as pulled_adamw
-from lagless.updates._shampoo import Eigenbasis as Eigenbasis
-from lagless.updates._shampoo import eigenbasis as eigenbasis
-from lagless.updates._shampoo import energies as energies
-from lagless.updates._shampoo import inverse_fourth_root as inverse_fourth_root
-from lagless.updates._sophia import sophia_inverse as sophia_inverse
-from lagless.updates._sophia import sophia_update as sophia_update
-from lagless.updates._sophia import sophia_variance as sophia_variance
-from lagless.updates._spread import Spread as Spread
-from lagless.updates._spread import skewed_nodes as skewed_nodes
-from lagless.updates._spread import two_nodes as two_nodes
+from lagless.updates._adam import (
+    CORRECTIONS as CORRECTIONS,
+    DERIVED as DERIVED,
+    REFERENCE as REFERENCE,
+    AdamForm as AdamForm,
+    Constants as Constants,
+    CrossFit as CrossFit,
+    EmaWeights as EmaWeights,
+    Folds as Folds,
+    Group as Group,
+    InverseCorrection as InverseCorrection,
+    Moments as Moments,
+    adam_folds as adam_folds,
+    fed_moments as fed_moments,
+    support_clip as support_clip,
+)
+from lagless.updates._pace import (
+    PaceConstants as PaceConstants,
+    pace_constants as pace_constants,
+    pulled_adamw as pulled_adamw,
+)
+from lagless.updates._shampoo import (
+    Eigenbasis as Eigenbasis,
+    eigenbasis as eigenbasis,
+    energies as energies,
+    inverse_fourth_root as inverse_fourth_root,
+)
+from lagless.updates._sophia import (
+    sophia_inverse as sophia_inverse,
+    sophia_update as sophia_update,
+    sophia_variance as sophia_variance,
+)
+from lagless.updates._spread import Spread as Spread, skewed_nodes as skewed_nodes, two_nodes as two_nodes

@@ -5,10 +5,10 @@ same first moments (a quadrature), so that one formula serves both.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 TINY = 1e-30  # below every difference of two distinct nodes that matters in float32
@@ -22,7 +22,9 @@ class Spread:
         nodes: shape (k, ...).
         count: n, the number of microbatches.
         weights: of the nodes, shape (k, ...), summing to 1 over the first axis; None for 1/k each.
-        group: process group over which nodes are distributed, each process holding k of its own with equal weights.
+        total: sums a tensor over the processes over which nodes are distributed, each holding k of its own with equal
+            weights; None where this process holds them all.
+        processes: how many there are.
         shares: w_j, where the nodes are microbatches that make up unequal parts of the mean, shape (k, 1, ...),
             summing to 1 over all processes; the variance of a microbatch goes as 1/w_j. In place of ``weights``.
     """
@@ -30,18 +32,16 @@ class Spread:
     nodes: Tensor
     count: int
     weights: Tensor | None = None
-    group: dist.ProcessGroup | None = None
+    total: Callable[[Tensor], Tensor] | None = None
+    processes: int = 1
     shares: Tensor | None = None
 
     def average(self, values: Tensor) -> Tensor:
         """Σ weight · value over all nodes; ``values`` has one row per node."""
         if self.shares is not None:
-            return self._total(self.shares * values)
+            return self._sum(self.shares * values)
         mean = values.mean(dim=0) if self.weights is None else (self.weights * values).sum(dim=0)
-        if self.group is not None:
-            dist.all_reduce(mean, group=self.group)
-            mean /= self.group.size()
-        return mean
+        return mean if self.total is None else self.total(mean) / self.processes
 
     def variance_of_mean(self, values: Tensor) -> Tensor:
         """Σ_j (x_j - x̄)²/(n(n - 1)), for n ≥ 2; Σ_j w_j (x_j - x̄)²/(n - 1) where there are shares."""
@@ -58,13 +58,11 @@ class Spread:
         if self.shares is None:
             return self.variance_of_mean(values) * (self.count - 1) ** 2
         left = torch.where(self.shares > 0.0, 1.0 - self.shares, 0.0)
-        return self._total(left * (values - self.average(values)).square_())
+        return self._sum(left * (values - self.average(values)).square_())
 
-    def _total(self, values: Tensor) -> Tensor:
+    def _sum(self, values: Tensor) -> Tensor:
         total = values.sum(dim=0)
-        if self.group is not None:
-            dist.all_reduce(total, group=self.group)
-        return total
+        return total if self.total is None else self.total(total)
 
 
 def two_nodes(mean: Tensor, variance: Tensor, count: int) -> Spread:

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from lagless import BEMA, DEMA, EMA, Averager, WindowAverage
+from lagless.checkpoints import CheckpointError
 from lagless.integrations.transformers import AveragingCallback
-from lagless.posthoc import CheckpointError, average_checkpoints
+from lagless.posthoc import average_checkpoints
 from lagless.rules import rule_from_dict
 
 RULES = {"bema": BEMA(update_freq=2), "ema": EMA(decay=0.8), "lawa": WindowAverage(window=2, update_freq=3)}

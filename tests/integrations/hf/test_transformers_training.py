@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import AutoModelForCausalLM, Trainer
 
 from lagless import BEMA, EMA, Averager
-from lagless.averaging import _bank, _offload
+from lagless.averaging import _buffers, _offload
 from lagless.integrations.transformers import AveragingCallback
 
 RULE = BEMA(update_freq=2)
@@ -207,8 +207,8 @@ def test_averages_on_the_host_are_complete_before_the_best_weights_come_back(hf,
             return super().copy(pieces, copies)
 
     monkeypatch.setattr(_offload, "CopyStream", Late)
-    monkeypatch.setattr(_bank, "can_overlap", lambda device: True)
-    monkeypatch.setattr(_bank, "_CPU_BLOCK", 1 << 10)
+    monkeypatch.setattr(_buffers, "can_overlap", lambda device: True)
+    monkeypatch.setattr(_buffers, "_CPU_BLOCK", 1 << 10)
     callback, recorder = AveragingCallback(RULE, evaluate=[], device="cpu"), hf.recorder()
     settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "learning_rate": 0.3}
     best = {"metric_for_best_model": "eval_loss", "load_best_model_at_end": True}

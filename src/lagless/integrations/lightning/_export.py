@@ -8,10 +8,9 @@ from typing import Any
 from torch import nn
 
 from lagless.averaging import Averager
+from lagless.checkpoints import RECORD, CheckpointError, check_destination
 from lagless.integrations._exports import export_folder, remove_export
 from lagless.integrations.lightning._imports import LightningModule, Trainer
-from lagless.posthoc import CheckpointError
-from lagless.posthoc.destination import RECORD, check_destination
 
 
 def export(trainer: Trainer, module: LightningModule, averager: Averager, folder: Path, name: str) -> None:

@@ -3,14 +3,12 @@
 from typing import Any
 
 try:
-    from lightning.pytorch import Callback as Callback
-    from lightning.pytorch import LightningModule as LightningModule
+    from lightning.pytorch import Callback as Callback, LightningModule as LightningModule
     from lightning.pytorch.loggers.logger import DummyLogger as DummyLogger
     from lightning.pytorch.utilities.rank_zero import rank_zero_warn as rank_zero_warn
     from lightning.pytorch.utilities.seed import isolate_rng as isolate_rng
 except ModuleNotFoundError:
-    from pytorch_lightning import Callback as Callback
-    from pytorch_lightning import LightningModule as LightningModule
+    from pytorch_lightning import Callback as Callback, LightningModule as LightningModule
     from pytorch_lightning.loggers.logger import DummyLogger as DummyLogger
     from pytorch_lightning.utilities.rank_zero import rank_zero_warn as rank_zero_warn
     from pytorch_lightning.utilities.seed import isolate_rng as isolate_rng

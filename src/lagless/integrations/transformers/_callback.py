@@ -12,14 +12,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from lagless.averaging import Attachment, Averager
-from lagless.filters import count_updates
+from lagless.checkpoints import check_destination
 from lagless.integrations._exports import export_folder, remove_export
 from lagless.integrations.distributed import export_model
 from lagless.integrations.transformers._caller import calling_trainer
 from lagless.integrations.transformers._evaluation import average_of, evaluate_averages
 from lagless.integrations.transformers._lora import MergedLoraAverager
-from lagless.posthoc.destination import check_destination
-from lagless.rules import Rule
+from lagless.rules import Rule, count_updates
 
 STATE_FILE = "averages.safetensors"
 FOLDER = "averaged"

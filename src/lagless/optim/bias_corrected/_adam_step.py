@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lagless.optim._blocks import local
-from lagless.optim._kernels import compiled, fits_kernel, flat, on_device
+from lagless.execution import adam_step_c, compiled, fits_adam_c, fits_kernel, flat, local, on_device, sum_in_place
 from lagless.optim.bias_corrected._elements import move, pieces
 from lagless.optim.bias_corrected._microbatches import Collected, Weights, scale_of
-from lagless.optim.bias_corrected._one_call import fits_call, step_in_one_call
 from lagless.optim.bias_corrected._report import CorrectionSums
 from lagless.optim.bias_corrected._sums import Power
 from lagless.updates import (
@@ -87,8 +85,8 @@ def adam_update(
     powers, counts = tuple(totals), None if found is None else (found.count, found.halves)
     weights = None if found is None else found.weights
     fused = group["compile"] and not samples and sums is None
-    if fused and clips[0] is None and fits_call(form, row):
-        step_in_one_call(form, row, _numbers_in_c(k, clips[2], found))
+    if fused and clips[0] is None and fits_adam_c(form, row):
+        adam_step_c(form, row, _numbers_in_c(k, clips[2], found))
         increment_version(row[0])  # autograd notices changed weights only through the tensors it knows
         return
     if fused and fits_kernel(row):
@@ -113,7 +111,7 @@ def adam_update(
 
 
 def _numbers_in_c(k: Numbers, largest: float | None, found: Collected | None) -> tuple[float, ...]:
-    """What :func:`step_in_one_call` takes."""
+    """What :func:`adam_step_c` takes."""
     others, scale = 1.0, 0.0
     if found is not None:
         others, scale = found.count - 1.0, float(found.ratio) ** 2 / found.weights.total
@@ -174,7 +172,9 @@ def _groups_of_samples(form: AdamForm, mean: Tensor, samples: Tensor, found: Col
     shares = None if found.shares is None else torch.tensor(found.shares, dtype=samples.dtype, device=samples.device)
     if form.cross_fit == "leave_one_out":
         column = None if shares is None else shares.view(-1, *[1] * mean.dim())
-        return [Group(mean, Spread(samples, found.count, None, found.group, column))]
+        total = None if found.group is None else sum_in_place(found.group)
+        processes = 1 if found.group is None else found.group.size()
+        return [Group(mean, Spread(samples, found.count, None, total, processes, column))]
     if form.cross_fit == "none":
         return [Group.of(samples, shares)]
     return [Group.of(samples[half::2], None if shares is None else shares[half::2]) for half in (0, 1)]

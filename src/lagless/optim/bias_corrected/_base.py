@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lagless._validation import require_integer
+from lagless.execution import sum_over_mesh
 from lagless.optim.bias_corrected._microbatches import Collected, Microbatches, norms
 from lagless.optim.bias_corrected._report import Correction, CorrectionSums
-from lagless.optim.bias_corrected._sums import PowerSums, Sums, sum_over_mesh
+from lagless.optim.bias_corrected._sums import PowerSums, Sums
 
 STANDARD = ("embed", "lm_head", "wte", "shared.")
 _log = logging.getLogger("lagless")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lagless.averaging._sharding import Sharding, gather
+from lagless.execution import Sharding, gather
 from lagless.optim.bias_corrected._sums import Power, rescale
 from lagless.updates import energies
 

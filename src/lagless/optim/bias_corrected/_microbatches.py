@@ -22,9 +22,8 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import unserializable_hook
 from torch.utils.weak import TensorWeakRef
 
-from lagless.averaging._sharding import Sharding
-from lagless.optim._blocks import local
-from lagless.optim.bias_corrected._sums import Sums, over_shards, sum_over
+from lagless.execution import Sharding, local, over_shards, sum_over
+from lagless.optim.bias_corrected._sums import Sums
 
 
 class Weights(NamedTuple):

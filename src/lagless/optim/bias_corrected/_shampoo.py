@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lagless.averaging._sharding import Sharding, gather, is_sharded, local
+from lagless.execution import Sharding, gather, is_sharded, local, over_shards, sum_over_mesh
 from lagless.optim.bias_corrected._adam_step import PLAIN, adam_state, adam_update
 from lagless.optim.bias_corrected._base import STANDARD, BiasCorrected, tensors_of
 from lagless.optim.bias_corrected._elements import move
@@ -26,7 +26,7 @@ from lagless.optim.bias_corrected._hyperparameters import (
 )
 from lagless.optim.bias_corrected._microbatches import Collected
 from lagless.optim.bias_corrected._report import CorrectionSums
-from lagless.optim.bias_corrected._sums import Sums, over_shards, sum_over_mesh
+from lagless.optim.bias_corrected._sums import Sums
 from lagless.updates import Eigenbasis, EmaWeights, Spread, eigenbasis, energies, inverse_fourth_root, two_nodes
 
 _log = logging.getLogger("lagless")

@@ -13,8 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from lagless.optim._blocks import local
-from lagless.optim._kernels import compiled, fits_kernel, flat, on_device
+from lagless.execution import compiled, fits_kernel, flat, local, on_device, sum_over
 from lagless.optim.bias_corrected._base import STANDARD, BiasCorrected
 from lagless.optim.bias_corrected._elements import move, pieces
 from lagless.optim.bias_corrected._hyperparameters import (
@@ -26,7 +25,7 @@ from lagless.optim.bias_corrected._hyperparameters import (
 )
 from lagless.optim.bias_corrected._microbatches import Collected
 from lagless.optim.bias_corrected._report import CorrectionSums
-from lagless.optim.bias_corrected._sums import Power, PowerSums, Sums, sum_over
+from lagless.optim.bias_corrected._sums import Power, PowerSums, Sums
 from lagless.updates import sophia_inverse, sophia_update, sophia_variance, two_nodes
 
 

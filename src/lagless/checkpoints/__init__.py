@@ -1,0 +1,39 @@
+"""Checkpoints on disk: layouts, formats, reading, writing, folders that appear whole or not at all."""
+
+from lagless.checkpoints._atomic_folder import (
+    RECORD as RECORD,
+    Destination as Destination,
+    check_destination as check_destination,
+)
+from lagless.checkpoints._checkpoint import (
+    Checkpoint as Checkpoint,
+    holds_weights as holds_weights,
+    open_checkpoint as open_checkpoint,
+)
+from lagless.checkpoints._errors import CheckpointError as CheckpointError
+from lagless.checkpoints._fingerprint import combine_digests as combine_digests, fingerprint as fingerprint
+from lagless.checkpoints._layout import (
+    OUTPUT_DTYPES as OUTPUT_DTYPES,
+    Layout as Layout,
+    parse_size as parse_size,
+    plan_layout as plan_layout,
+)
+from lagless.checkpoints._readers import (
+    Bytes as Bytes,
+    FileReader as FileReader,
+    Reader as Reader,
+    byte_view as byte_view,
+)
+from lagless.checkpoints._safetensors_format import (
+    NAMES as NAMES,
+    TensorInfo as TensorInfo,
+    build_header as build_header,
+)
+from lagless.checkpoints._sidecar_files import companions as companions
+from lagless.checkpoints._trajectory import (
+    StrPath as StrPath,
+    Trajectory as Trajectory,
+    check_alike as check_alike,
+    find_checkpoints as find_checkpoints,
+)
+from lagless.checkpoints._writer import ModelWriter as ModelWriter

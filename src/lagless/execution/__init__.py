@@ -1,0 +1,38 @@
+"""How tensors are moved: blocks, rounding, shards and ranks, compiled kernels, C. Averages and optimizers run on it."""
+
+from lagless.execution._adam_c import adam_step_c as adam_step_c, fits_adam_c as fits_adam_c
+from lagless.execution._blocks import (
+    Row as Row,
+    block_size as block_size,
+    blocks as blocks,
+    cut as cut,
+    pieces as pieces,
+)
+from lagless.execution._compiled import (
+    compiled as compiled,
+    fits_kernel as fits_kernel,
+    flat as flat,
+    on_device as on_device,
+)
+from lagless.execution._devices import counts as counts, exact_dtype as exact_dtype
+from lagless.execution._lerp_c import LERP_C_SMALLEST as LERP_C_SMALLEST, fits_lerp_c as fits_lerp_c, lerp_c as lerp_c
+from lagless.execution._lerp_compiled import KERNEL_SMALLEST as KERNEL_SMALLEST, lerp_compiled as lerp_compiled
+from lagless.execution._pace_c import fits_pace_c as fits_pace_c, pace_step_c as pace_step_c
+from lagless.execution._process_sums import (
+    over_shards as over_shards,
+    sum_in_place as sum_in_place,
+    sum_over as sum_over,
+    sum_over_mesh as sum_over_mesh,
+)
+from lagless.execution._product_c import Pieces as Pieces, Product as Product
+from lagless.execution._ranks import Ranks as Ranks
+from lagless.execution._rounding import Noise as Noise
+from lagless.execution._rows import RowUpdate as RowUpdate, buffer_dtype as buffer_dtype, move as move
+from lagless.execution._sharding import (
+    Sharding as Sharding,
+    fsdp_modules as fsdp_modules,
+    gather as gather,
+    is_sharded as is_sharded,
+    local as local,
+    ranks_of as ranks_of,
+)

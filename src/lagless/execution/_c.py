@@ -1,0 +1,99 @@
+"""C sources of the package, compiled at first use by the machine's own compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import shlex
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import Parameter
+
+_log = logging.getLogger("lagless")
+_LOCK = threading.Lock()
+UNCONTRACTED = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-lm")
+"""Flags for elementwise formulas. Contracted products would make a value depend on where vectors leave off."""
+_FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
+_FEWEST = 1 << 16  # elements per thread; starting one takes as long as some ten thousand elements
+
+REALS = {torch.float32: np.float32, torch.float64: np.float64}
+"""Types that the C sources know."""
+
+
+def compile_source(name: str, flags: Sequence[str]) -> ctypes.CDLL | None:
+    """Return the functions of a C file, or None without a working compiler, which the variable ``CC`` may name.
+
+    They are compiled for this very processor in a fraction of a second, once per process, so nothing is kept that
+    another machine with the same home folder could pick up.
+    """
+    with _LOCK:
+        return _compile(name, tuple(flags), os.environ.get("CC") or "cc")
+
+
+def functions(
+    source: str, name: str, flags: Sequence[str], arguments: Sequence[Any]
+) -> dict[torch.dtype, Callable[..., None]] | None:
+    """``name_float32`` and ``name_float64`` of a C file, by type; None without a working compiler."""
+    library = compile_source(source, flags)
+    if library is None:
+        return None
+    found = {dtype: getattr(library, f"{name}_{np.dtype(real).name}") for dtype, real in REALS.items()}
+    for function in found.values():
+        function.argtypes, function.restype = list(arguments), None
+    return found
+
+
+@functools.cache
+def _compile(name: str, flags: tuple[str, ...], compiler: str) -> ctypes.CDLL | None:
+    source = Path(__file__).parent / "c" / name
+    try:
+        with tempfile.TemporaryDirectory(prefix="lagless-", ignore_cleanup_errors=True) as folder:
+            target = Path(folder, source.with_suffix(".so").name)
+            # The flags come last: libraries are searched for what is asked for before them.
+            command = [*shlex.split(compiler), *_FLAGS, str(source), "-o", str(target), *flags]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            return ctypes.CDLL(str(target))
+    except (OSError, subprocess.CalledProcessError) as error:
+        _log.info("%s is not compiled, slower code is used: %s %s", name, error, getattr(error, "stderr", ""))
+        return None
+
+
+def in_memory(row: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape lie on the host, without gaps and in one type that C knows."""
+    dtype = row[0].dtype
+    return dtype in REALS and all(t.dtype == dtype and t.is_cpu and t.is_contiguous() and _is_plain(t) for t in row)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the values are what lies in memory: not computed by a subclass, negated when read, or zeros left out."""
+    return type(tensor) in (Tensor, Parameter) and not tensor.is_neg() and not tensor._is_zerotensor()
+
+
+class Rows:
+    """Tensors of several parameters as ``parallel.h`` takes them; they must outlive this.
+
+    Args:
+        rows: tensors of each parameter, equally many, as :func:`in_memory` wants them; all of one type.
+
+    Attributes:
+        sizes: address of the elements per tensor.
+        addresses: address of the tensors' addresses.
+        threads: how many are worth starting.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[Tensor]]) -> None:
+        self._sizes: NDArray[np.int64] = np.array([row[0].numel() for row in rows], dtype=np.int64)
+        self._addresses = np.array([[tensor.data_ptr() for tensor in row] for row in rows], dtype=np.uintp)
+        self.sizes, self.addresses = self._sizes.ctypes.data, self._addresses.ctypes.data
+        self.threads = max(1, min(torch.get_num_threads(), int(self._sizes.sum()) // _FEWEST))

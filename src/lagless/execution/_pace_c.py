@@ -1,0 +1,45 @@
+"""One step of PACE over all tensors of the host by one call into C, compiled at first use."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch.autograd.graph import increment_version
+
+from lagless.execution._blocks import Row
+from lagless.execution._c import REALS, UNCONTRACTED, Rows, functions, in_memory
+from lagless.updates import PaceConstants
+
+
+def fits_pace_c(row: Row) -> bool:
+    """Whether the tensors lie on the host, without gaps and in one type, and there is a C compiler."""
+    return in_memory(row) and _library() is not None
+
+
+def pace_step_c(rows: Sequence[Row], k: PaceConstants) -> None:
+    """One step of parameters whose average is a single buffer: everything is read and written once.
+
+    The result is that of :func:`lagless.updates.pulled_adamw` in the type of the tensors, bit for bit but for the
+    square root: it is rounded correctly here, and by torch to one unit in the last place.
+
+    Args:
+        rows: weights, gradient, first moment, second moment, average of each parameter, as :func:`fits_pace_c` wants
+            them; modified in place.
+        k: numbers.
+    """
+    library, dtype = _library(), rows[0][0].dtype
+    assert library is not None
+    given, constants = Rows(rows), np.array(k, dtype=REALS[dtype])
+    library[dtype](len(rows), given.sizes, given.addresses, constants.ctypes.data, given.threads)
+    for row in rows:
+        increment_version(row[0])  # autograd notices changed weights only through the tensors it knows
+
+
+@functools.cache
+def _library() -> dict[torch.dtype, Callable[..., None]] | None:
+    """By type; None where there is no working compiler."""
+    return functions("pace.c", "pace", UNCONTRACTED, [ctypes.c_size_t, *[ctypes.c_void_p] * 3, ctypes.c_size_t])

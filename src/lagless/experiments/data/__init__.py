@@ -1,7 +1,0 @@
-"""Data for training and evaluation: from the hub or local files to token sequences, the held-out part set aside."""
-
-from lagless.experiments.data._conversations import conversations as conversations
-from lagless.experiments.data._noise import replace_spans as replace_spans
-from lagless.experiments.data._packing import packed as packed
-from lagless.experiments.data._rows import read_rows as read_rows
-from lagless.experiments.data._split import split_rows as split_rows

@@ -1,0 +1,7 @@
+"""Data for training and evaluation: from the hub or local files to token sequences, the held-out part set aside."""
+
+from lagless.lab.data._conversations import conversations as conversations
+from lagless.lab.data._noise import replace_spans as replace_spans
+from lagless.lab.data._packing import packed as packed
+from lagless.lab.data._rows import read_rows as read_rows
+from lagless.lab.data._split import split_rows as split_rows

@@ -1,0 +1,67 @@
+"""From text to batches of tokens: a byte-level BPE tokenizer and the sequences to train and evaluate on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from lagless.lab.demo._data import Document
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(documents: Sequence[Document], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (as GPT-2's) whose merges are learned from ``documents``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token between documents."""
+    return tokenizer.get_vocab()[END_OF_TEXT]
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> list[Tensor]:
+    """The tokens of each document, between two end-of-text tokens."""
+    end = end_of_text(tokenizer)
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast([document.text for document in documents])
+    return [torch.tensor([end, *one.ids, end]) for one in encoded]
+
+
+def random_batches(tokens: Sequence[Tensor], batch_size: int, length: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches (B, length) of sequences that start at random places of the concatenated documents."""
+    stream = torch.cat(list(tokens))
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.arange(length)
+    while True:
+        starts = torch.randint(len(stream) - length + 1, (batch_size, 1), generator=generator)
+        yield stream[starts + offsets]
+
+
+def held_out_sequences(tokens: Sequence[Tensor], length: int, count: int) -> tuple[Tensor, Tensor]:
+    """About ``count`` sequences spread evenly over the documents, and the document of each.
+
+    Returns:
+        (N, length) tokens and (N,) document numbers, N ≤ ``count``. No two sequences overlap.
+    """
+    pieces = [
+        (piece, number)
+        for number, document in enumerate(tokens)
+        for piece in document.split(length)
+        if len(piece) == length
+    ]
+    chosen = [pieces[i * len(pieces) // count] for i in range(count)] if len(pieces) > count else pieces
+    return torch.stack([piece for piece, _ in chosen]), torch.tensor([number for _, number in chosen])

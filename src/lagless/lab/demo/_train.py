@@ -1,0 +1,65 @@
+"""The training run of the demo: one loop, one Averager, many rules."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lagless.averaging import Averager
+from lagless.lab.demo._plan import Plan
+
+
+def train(
+    plan: Plan,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    batches: Iterator[Tensor],
+    run: Path,
+    evaluate: Callable[[int, Averager], None],
+    progress: Callable[[int], None],
+) -> Averager:
+    """Train ``model`` in place and follow all rules of the plan.
+
+    Args:
+        plan: the settings.
+        model: the model, at its initial weights.
+        tokenizer: goes along with every checkpoint, so that each loads on its own.
+        batches: token batches (B, length), endless.
+        run: the folder for ``checkpoint-N``, every ``plan.interval`` steps and at the end; ``checkpoint-0`` is θ_0.
+        evaluate: called with the step and the Averager at every point of the curves.
+        progress: called with every step.
+
+    Returns:
+        The Averager, at the last step.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / plan.warmup))
+    averager = Averager(model, plan.rules(), total_steps=plan.steps)
+    averager.attach(optimizer)
+
+    def save(step: int) -> None:
+        model.save_pretrained(run / f"checkpoint-{step}")
+        tokenizer.save_pretrained(run / f"checkpoint-{step}")
+
+    save(0)
+    evaluate(0, averager)
+    for step, batch in enumerate(itertools.islice(batches, plan.steps), start=1):
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()  # the Averager, attached, counts this step
+        warmup.step()
+        optimizer.zero_grad()
+        progress(step)
+        if step % plan.interval == 0 or step == plan.steps:
+            save(step)
+        if step % plan.evaluate_every == 0 or step == plan.steps:
+            evaluate(step, averager)
+    return averager

@@ -1,0 +1,300 @@
+"""The calls behind ``lagless average`` and ``lagless inspect``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lagless.checkpoints import (
+    NAMES,
+    RECORD,
+    ModelWriter,
+    StrPath,
+    Trajectory,
+    check_destination,
+    companions,
+    find_checkpoints,
+    plan_layout,
+)
+from lagless.execution import Ranks
+from lagless.posthoc._weighted_sums import Accumulate, Progress, stream_product
+from lagless.rules import (
+    Anchor,
+    Rule,
+    anchor,
+    common_update_freq,
+    effective_iterates,
+    mean_age,
+    named_rules,
+    rule_to_dict,
+    ticks,
+    trajectory_weights,
+)
+
+
+@dataclass(frozen=True)
+class AverageSummary:
+    """What a rule does with the stored checkpoints.
+
+    Attributes:
+        name: the name the rule was given, ``""`` for a single one.
+        rule: the averaging rule.
+        steps: the step of each checkpoint, θ_0's first.
+        weights: the weight of each checkpoint.
+        mean_age: how far the average trails behind the last checkpoint, in optimizer steps.
+        effective_iterates: how many checkpoints it amounts to against independent noise.
+        anchor: the step of the checkpoint at which averaging began (θ_0, or the last one of burn-in), and its weight.
+        path: the model folder, for :func:`average_checkpoints`.
+        nbytes: the size of the weight files there.
+    """
+
+    name: str
+    rule: Rule
+    steps: tuple[int, ...]
+    weights: tuple[float, ...]
+    mean_age: float
+    effective_iterates: float
+    anchor: Anchor
+    path: Path | None = None
+    nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What is in a run folder.
+
+    Attributes:
+        steps: the step of each checkpoint, θ_0's first.
+        names: the folder or file name of each checkpoint.
+        start_given: whether θ_0 was chosen with ``start``.
+        is_adapter: whether these are adapters, and not whole models.
+        tensors: tensors per checkpoint.
+        parameters: elements of floating-point tensors per checkpoint.
+        nbytes: bytes per checkpoint.
+        dtypes: elements per type, by type name.
+        shards: weight files per checkpoint.
+        averages: one summary per rule asked about.
+    """
+
+    steps: tuple[int, ...]
+    names: tuple[str, ...]
+    start_given: bool
+    is_adapter: bool
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: dict[str, int]
+    shards: int
+    averages: tuple[AverageSummary, ...]
+
+
+def average_checkpoints(
+    run: StrPath | Sequence[StrPath],
+    rules: Rule | Mapping[str, Rule],
+    out: StrPath,
+    *,
+    start: StrPath | None = None,
+    start_step: int | None = None,
+    steps: Sequence[int] | None = None,
+    at: int | None = None,
+    dtype: str = "auto",
+    max_shard_size: int | str = "5GB",
+    memory: int = 2**30,
+    accumulate: Accumulate = "float32",
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+    dry_run: bool = False,
+    group: Any = None,
+) -> list[AverageSummary]:
+    """Average the checkpoints of a run by one rule or many, in one pass over the files, into models that
+    ``from_pretrained`` loads.
+
+    Beside the weights go the last checkpoint's configuration and tokenizer, and ``lagless.json``, which says what the
+    average is made of.
+
+    Args:
+        run: the run folder, or a list of checkpoints; see :func:`lagless.posthoc.find_checkpoints`, also for ``start``,
+            ``start_step``, ``steps``.
+        rules: one rule, whose average goes to ``out``; or a mapping from names to rules, whose averages go to
+            ``out/NAME``.
+        out: the output folder; it appears when everything is written.
+        at: average as of this step: later checkpoints are left out.
+        dtype: type of the weights written: ``"auto"`` keeps that of the last checkpoint, or float32, bfloat16, float16,
+            float64. Rounding an average back to bfloat16 can cost much of what averaging gained; float32 keeps it.
+        max_shard_size: largest weight file; an adapter is always one file.
+        memory: bytes for buffers.
+        accumulate: type to sum in.
+        overwrite: replace ``out`` if it holds earlier averages.
+        allow_nonfinite: average NaN and infinity as they are, instead of refusing them.
+        progress: called with the bytes read so far and in all.
+        dry_run: check everything that can be checked without reading weights, write nothing.
+        group: processes of ``torch.distributed`` that divide the weight files among them, on a file system that all of
+            them see. All call this with the same arguments; the result is that of one process, bit for bit.
+
+    Returns:
+        One summary per rule, in the order of ``rules``.
+
+    Raises:
+        CheckpointError: if checkpoints are missing, damaged or do not belong together, or the output cannot be written.
+        ValueError: if an argument is out of range, or a rule makes no update among the steps.
+    """
+    named, out = _named(rules), Path(out)
+    trajectory = find_checkpoints(run, steps, start, start_step).until(at)
+    last = trajectory.checkpoints[-1]
+    layout = plan_layout(last.tensors, dtype, max_shard_size, last.is_adapter)
+    summaries = [
+        replace(_summarize(name, rule, trajectory), path=out / name, nbytes=layout.nbytes)
+        for name, rule in named.items()
+    ]
+    check_destination(out, [checkpoint.path for checkpoint in trajectory.checkpoints], overwrite)
+    if dry_run:
+        return summaries
+    weights = np.array([summary.weights for summary in summaries])
+    ranks = Ranks(group)
+    with ModelWriter(out, list(named), layout, _companions_folder(trajectory), dtype, ranks) as writer:
+        prints = stream_product(
+            trajectory.checkpoints,
+            weights,
+            writer,
+            accumulate=accumulate,
+            memory=memory,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+            ranks=ranks,
+            names=layout.share(ranks.rank, ranks.size),
+        )
+        records = [_record(summary, trajectory, prints, accumulate, dtype) for summary in summaries]
+        writer.write_texts(RECORD, [json.dumps(record, indent=2, ensure_ascii=False) + "\n" for record in records])
+    return summaries
+
+
+def _companions_folder(trajectory: Trajectory) -> Path:
+    """Where configuration and tokenizer are: beside the last weights or, as these may be bare shards, beside θ_0's."""
+    folders = [trajectory.checkpoints[-1].folder, trajectory.checkpoints[0].folder]
+    return next((folder for folder in folders if companions(folder)), folders[0])
+
+
+def inspect_run(
+    run: StrPath | Sequence[StrPath],
+    rules: Rule | Mapping[str, Rule] | None = None,
+    *,
+    start: StrPath | None = None,
+    start_step: int | None = None,
+    steps: Sequence[int] | None = None,
+    at: int | None = None,
+) -> RunSummary:
+    """Say what a run folder holds, and what rules would make of it; no weights are read.
+
+    Args:
+        run: as for :func:`average_checkpoints`, and so ``start``, ``start_step``, ``steps`` and ``at``.
+        rules: one rule, or a mapping from names to rules, or None.
+
+    Raises:
+        CheckpointError: if checkpoints are missing, damaged or do not belong together.
+        ValueError: if an argument is out of range, or a rule makes no update among the steps.
+    """
+    trajectory = find_checkpoints(run, steps, start, start_step).until(at)
+    last = trajectory.checkpoints[-1]
+    dtypes: dict[str, int] = {}
+    for info in last.tensors.values():
+        dtypes[NAMES[info.dtype]] = dtypes.get(NAMES[info.dtype], 0) + info.numel
+    named = {} if rules is None else _named(rules)
+    return RunSummary(
+        steps=trajectory.steps,
+        names=tuple(checkpoint.path.name for checkpoint in trajectory.checkpoints),
+        start_given=trajectory.start_given,
+        is_adapter=last.is_adapter,
+        tensors=len(last.tensors),
+        parameters=sum(info.numel for info in last.tensors.values() if info.dtype.is_floating_point),
+        nbytes=last.nbytes,
+        dtypes=dtypes,
+        shards=len(last.files),
+        averages=tuple(_summarize(name, rule, trajectory) for name, rule in named.items()),
+    )
+
+
+def _named(rules: Rule | Mapping[str, Rule]) -> dict[str, Rule]:
+    if isinstance(rules, Rule):
+        return {"": rules}
+    named = named_rules(rules)
+    for name in named:
+        if not name or name.startswith(".") or os.sep in name or "/" in name or name == RECORD:
+            raise ValueError(
+                f"rules: {name!r} cannot be the name of a folder. Choose a name without '/' that does not begin with "
+                "a dot."
+            )
+    return named
+
+
+def _summarize(name: str, rule: Rule, trajectory: Trajectory) -> AverageSummary:
+    start, *later = steps = trajectory.steps
+    if next(ticks(rule, steps), None) is None:
+        shown = ", ".join(map(str, later[:8])) + (", ..." if len(later) > 8 else "")
+        raise ValueError(
+            f"{name or type(rule).__name__}: update_freq={rule.update_freq}, update_after={rule.update_after} give no "
+            f"update at the stored steps {shown} (θ_0 is step {start}). {_remedy(rule, steps)}"
+        )
+    weights = trajectory_weights(rule, steps)
+    return AverageSummary(
+        name,
+        rule,
+        steps,
+        tuple(weights.tolist()),
+        mean_age(weights, steps),
+        effective_iterates(weights),
+        anchor(rule, steps),
+    )
+
+
+def _remedy(rule: Rule, steps: Sequence[int]) -> str:
+    if rule.update_after >= steps[-1]:
+        return f"Choose update_after below the last step, {steps[-1]}."
+    return f"Choose an update_freq that divides them, e.g. {common_update_freq(steps, rule.update_after)}."
+
+
+def _record(
+    summary: AverageSummary, trajectory: Trajectory, fingerprints: Sequence[str | None], accumulate: str, dtype: str
+) -> dict[str, Any]:
+    """What ``lagless.json`` says. Names only, no paths: the record travels with the model."""
+    from lagless._version import __version__
+
+    start = trajectory.checkpoints[0]
+    return {
+        "lagless": __version__,
+        "name": summary.name,
+        "rule": rule_to_dict(summary.rule),
+        "start": {
+            "name": start.path.absolute().name,
+            "step": trajectory.steps[0],
+            "chosen": "given" if trajectory.start_given else "earliest checkpoint",
+        },
+        "step": trajectory.steps[-1],
+        "mean_age": summary.mean_age,
+        "effective_iterates": summary.effective_iterates,
+        "anchor": {
+            "name": trajectory.checkpoints[trajectory.steps.index(summary.anchor.step)].path.absolute().name,
+            "step": summary.anchor.step,
+            "weight": summary.anchor.weight,
+        },
+        "sources": [
+            {
+                "name": checkpoint.path.absolute().name,
+                "step": step,
+                "weight": weight,
+                "files": [file.name for file in checkpoint.files],
+                "fingerprint": fingerprint,
+            }
+            for checkpoint, step, weight, fingerprint in zip(
+                trajectory.checkpoints, trajectory.steps, summary.weights, fingerprints, strict=True
+            )
+        ],
+        "accumulate": accumulate,
+        "dtype": dtype,
+    }

@@ -1,0 +1,318 @@
+"""A rule as a linear filter: the weight it puts on every iterate of a trajectory, and what those weights say.
+
+Everything here is exact in float64 and costs O(r²) per step, r the number of the rule's buffers: weights are found by
+running the recursion backwards on the read coefficients (its adjoint), not forwards on unit vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lagless.rules._gains import Tick
+from lagless.rules._rule import Read, Rule, Start, Update
+
+FloatArray = NDArray[np.float64]
+
+# Beyond this share, to either side, the start says more about an average than about any group of its iterates.
+LARGEST_START = 0.2
+
+
+class Anchor(NamedTuple):
+    """Where an average began, and how much of it is still there.
+
+    Attributes:
+        step: of the weights that its buffers were set to: θ_0, or the last iterate followed through burn-in.
+        weight: on those weights; negative where the rule extrapolates away from them.
+    """
+
+    step: int
+    weight: float
+
+
+def ticks(rule: Rule, steps: Sequence[int]) -> Iterator[Tick]:
+    """The updates that ``rule`` makes at the given steps; ``steps[0]`` is θ_0's own."""
+    previous, number = max(rule.update_after, steps[0]), 0
+    for step in steps[1:]:
+        if rule.timing.updates(step):
+            number += 1
+            yield Tick(step, previous, number)
+            previous = step
+
+
+def count_updates(rule: Rule, total_steps: int) -> int:
+    """How many updates a run of ``total_steps`` optimizer steps gives.
+
+    >>> from lagless import BEMA
+    >>> count_updates(BEMA(update_freq=400), 1000)
+    2
+    """
+    return max(0, total_steps - rule.update_after) // rule.update_freq
+
+
+def require_updates(rule: Rule, total_steps: int, after: int = 0) -> None:
+    """Refuse a run in which ``rule`` would never update after step ``after``.
+
+    Raises:
+        ValueError: if ``total_steps`` ends before the first update.
+    """
+    if count_updates(rule, total_steps) <= count_updates(rule, after):
+        raise ValueError(
+            f"{type(rule).__name__}: update_after={rule.update_after}, update_freq={rule.update_freq} give no update "
+            f"up to step {total_steps} from step {after} on: its average would be the initial model. "
+            f"Choose update_after + update_freq <= {total_steps - after}."
+        )
+
+
+def tail(update: Update, read: Read) -> Read:
+    """The read coefficients of ``read`` after one more ``update``, in terms of the buffers before it: c ← cM, d ← d +
+    c·v.
+    """
+    size = range(len(read.buffers))
+    buffers = tuple(sum(read.buffers[i] * update.matrix[i][j] for i in size) for j in size)
+    return Read(buffers, read.live + sum(read.buffers[i] * update.live[i] for i in size))
+
+
+def trajectory_weights(rule: Rule, steps: ArrayLike, at: int | None = None) -> FloatArray:
+    """The weight that ``rule``'s average puts on each iterate of a trajectory: ``μ̂ = Σ_i w_i θ_{steps[i]}``.
+
+    During burn-in, and at ``steps[0]``, the average is the iterate itself. After it, iterates are updates where
+    ``rule`` makes one (``(t - update_after) mod update_freq = 0``) and are skipped otherwise. The last one counts in
+    any case: if the rule makes no update at ``at``, the weights are those of one further update there.
+
+    Args:
+        rule: the averaging rule.
+        steps: shape (n,), the optimizer step of each iterate, strictly increasing; ``steps[0]`` is θ_0's.
+        at: the step at which the average is read, one of ``steps``; default the last.
+
+    Returns:
+        Shape (n,), float64, summing to 1. Weights may be negative (BEMA, OUEMA, DEMA) and are 0 after ``at``.
+
+    Raises:
+        ValueError: if ``steps`` is not increasing, ``at`` is not in it, or the rule has made no update by then.
+
+    Reference:
+        The filter of ``docs/design.md``; for BEMA, Block and Zhang, arXiv 2508.00180, Algorithm 1.
+
+    >>> from lagless import EMA
+    >>> trajectory_weights(EMA(decay=0.5), [0, 1, 2, 3]).tolist()
+    [0.125, 0.125, 0.25, 0.5]
+    """
+    times = check_steps(steps)
+    end = len(times) - 1 if at is None else _index(times, at)
+    past = times[: end + 1]
+    weights = np.zeros(len(times))
+    if rule.timing.follows(past[-1]) or end == 0:
+        weights[end] = 1.0
+        return weights
+    updates = list(ticks(rule, past))
+    if not updates:
+        if past[-1] <= rule.update_after:
+            raise ValueError(
+                f"{type(rule).__name__} rests until its burn-in ends, at step {rule.update_after}; there is no average "
+                f"at step {past[-1]}."
+            )
+        spacing = f"every {rule.update_freq} steps after step {rule.update_after}"
+        raise ValueError(
+            f"{type(rule).__name__} updates {spacing} and so not once among the {len(past)} steps {_short(past)}. "
+            f"Choose an update_freq that divides them, e.g. {common_update_freq(past, rule.update_after)}."
+        )
+    if updates[-1].step != past[-1]:
+        last = updates[-1]
+        updates.append(Tick(past[-1], last.step, last.number + 1))
+
+    index = {step: i for i, step in enumerate(past)}
+    coefficients = rule.read(updates[-1])
+    weights[end] = coefficients.live
+    for tick in reversed(updates):
+        before = tail(rule.update(tick), Read(coefficients.buffers, 0.0))
+        weights[index[tick.step]] += before.live
+        coefficients = before
+    weights[_origin(rule, past)] += sum(coefficients.buffers)
+    return weights
+
+
+def common_update_freq(steps: Sequence[int], update_after: int = 0) -> int:
+    """The largest update_freq with which a rule updates at every step after burn-in (``steps[0]``, θ_0's, aside).
+
+    >>> common_update_freq([0, 200, 300, 500])
+    100
+    """
+    after = [step - update_after for step in steps[1:] if step > update_after]
+    return int(np.gcd.reduce(after)) if after else 1
+
+
+def mean_age(weights: ArrayLike, steps: ArrayLike, at: int | None = None) -> float:
+    """How far an average trails behind, in optimizer steps: Σ_i w_i (T - t_i). The lag of an EMA on a linear drift is
+    this times the drift.
+
+    Args:
+        weights: shape (n,), from :func:`trajectory_weights`.
+        steps: shape (n,), the same steps.
+        at: T; default the last step.
+
+    >>> mean_age([0.25, 0.25, 0.5], [0, 10, 20])
+    7.5
+    """
+    times = np.asarray(steps, dtype=np.float64)
+    return float(np.asarray(weights, dtype=np.float64) @ ((times[-1] if at is None else at) - times))
+
+
+def effective_iterates(weights: ArrayLike) -> float:
+    """How many iterates an average amounts to against independent noise: 1 / Σ_i w_i².
+
+    >>> effective_iterates([0.25, 0.25, 0.25, 0.25])
+    4.0
+    """
+    w = np.asarray(weights, dtype=np.float64)
+    return float(1.0 / (w @ w))
+
+
+def anchor(rule: Rule, steps: ArrayLike, at: int | None = None) -> Anchor:
+    """Return the step at which an average began and the weight left there.
+
+    Without burn-in that is θ_0; with it, the last iterate that was followed before the first update.
+
+    Args:
+        rule: the averaging rule.
+        steps: shape (n,), as for :func:`trajectory_weights`.
+        at: the step at which the average is read; default the last.
+
+    Raises:
+        ValueError: as :func:`trajectory_weights`.
+
+    >>> from lagless import EMA
+    >>> anchor(EMA(decay=0.5, update_after=10), [0, 10, 11, 12])
+    Anchor(step=10, weight=0.25)
+    """
+    times = check_steps(steps)
+    weights = trajectory_weights(rule, times, at)
+    end = len(times) if at is None else times.index(at) + 1
+    origin = _origin(rule, times[:end])
+    return Anchor(times[origin], float(weights[origin]))
+
+
+def run_anchor(rule: Rule, total_steps: int, start: int = 0, precision: float = 1e-4) -> Anchor:
+    """Return the :func:`anchor` of a run that sees every step from ``start`` to ``total_steps``, and of it the last.
+
+    Args:
+        rule: the averaging rule.
+        total_steps: the step at which the average is read.
+        start: the step of θ_0.
+        precision: older updates are left out once they can move less than about this weight.
+
+    Raises:
+        ValueError: if the rule makes no update in it.
+    """
+    require_updates(rule, total_steps, start)
+    begin, freq = max(start, rule.update_after), rule.update_freq
+    passed = (begin - rule.update_after) // freq
+    number = count_updates(rule, total_steps) - passed
+    last = rule.update_after + (passed + number) * freq
+    end = Tick(total_steps, last, number + 1)
+
+    def tick(k: int) -> Tick:
+        step = rule.update_after + (passed + k) * freq
+        return Tick(step, begin if k == 1 else step - freq, k)
+
+    kept = [isinstance(label, Start) for label in rule.labels]
+    newest = tick(number) if last == total_steps else end
+    coefficients = rule.read(newest).buffers
+    for k in range(newest.number, 0, -1):
+        coefficients = tail(rule.update(end if k > number else tick(k)), Read(coefficients, 0.0)).buffers
+        if sum(abs(c) for c, is_start in zip(coefficients, kept, strict=True) if not is_start) < precision:
+            break
+    return Anchor(begin, sum(coefficients))
+
+
+def start_note(rule: Rule, start: Anchor, last_step: int) -> str | None:
+    """Say what is wrong with the weight an average leaves where it began; None if it is at most 20 %.
+
+    Below -20 % the average lies beyond the last weights, seen from the start: to first order it is the run with its
+    learning rate multiplied by 1 - w from the beginning.
+    """
+    if abs(start.weight) <= LARGEST_START:
+        return None
+    burn_in = f", update_after={rule.update_after}" if rule.update_after else ""
+    remedy = f"EMA(half_life_fraction=0.05{burn_in})"
+    length, changed = last_step - start.step, _arguments(rule)
+    place = f"θ_{start.step}, where averaging began," if start.step else "θ_0"
+    if start.weight > 0.0:
+        shorter = [f"a smaller {name}" for name in ("ema_power", "half_life", "decay") if name in changed][-1:]
+        shorter = shorter or ["a smaller update_freq"]
+        return (
+            f"{type(rule).__name__}({', '.join(changed.values())}) leaves {start.weight:.0%} of its weight on {place} "
+            f"after {length:,} steps of averaging. Use {remedy}, which leaves none at any length, or {shorter[0]}."
+        )
+    weaker = ", or a larger bias_power" if hasattr(rule, "bias_power") else ""
+    return (
+        f"{type(rule).__name__}({', '.join(changed.values())}) puts {start.weight:.0%} of its weight on {place} after "
+        f"{length:,} steps of averaging: it goes {-start.weight:.0%} beyond the path of the run and overshoots where "
+        f"that bends. Use {remedy}, which does not extrapolate{weaker}."
+    )
+
+
+def weight_on_start(weights: ArrayLike) -> float:
+    """The weight left on θ_0; negative where a rule extrapolates away from it. With burn-in, see :func:`anchor`.
+
+    >>> weight_on_start([0.25, 0.75])
+    0.25
+    """
+    return float(np.asarray(weights, dtype=np.float64)[0])
+
+
+def check_steps(steps: ArrayLike) -> list[int]:
+    """Steps as plain integers, required to be strictly increasing and not negative."""
+    times = np.asarray(steps)
+    if times.ndim != 1 or times.size == 0 or not np.issubdtype(times.dtype, np.integer):
+        raise ValueError(
+            f"steps must be a non-empty 1-D sequence of integers; got shape {times.shape}, dtype {times.dtype}."
+        )
+    gaps = np.diff(times.astype(np.int64))
+    if (gaps <= 0).any():
+        i = int(np.argmax(gaps <= 0))
+        raise ValueError(f"steps must be strictly increasing; {int(times[i])} is followed by {int(times[i + 1])}.")
+    if times[0] < 0:
+        raise ValueError(f"steps must be >= 0; the first is {int(times[0])}.")
+    return [int(t) for t in times]
+
+
+def run_note(rule: Rule, total_steps: int, start: int = 0) -> str | None:
+    """:func:`start_note` of a run that sees every step from ``start`` to ``total_steps``."""
+    # Without θ_0 in a buffer, weights are spread once they leave the newest updates, and a rough sum is enough.
+    exact = any(isinstance(label, Start) for label in rule.labels)
+    found = run_anchor(rule, total_steps, start, precision=1e-4 if exact else LARGEST_START / 2)
+    return start_note(rule, found, total_steps)
+
+
+def _arguments(rule: Rule) -> dict[str, str]:
+    """The arguments of a rule as written, without the defaults; ``ema_power`` stays where it sets the gain."""
+    defaults = {f.name: f.default for f in fields(rule)}  # type: ignore[arg-type]
+    values = vars(rule)
+    widths = any(values.get(name) is not None for name in ("decay", "half_life", "half_life_fraction"))
+    shown = [
+        name
+        for name, value in values.items()
+        if name in defaults and (value != defaults[name] or (name in ("ema_power", "update_freq") and not widths))
+    ]
+    return {name: f"{name}={values[name]!r}" for name in shown}
+
+
+def _index(times: list[int], at: int) -> int:
+    if at not in times:
+        raise ValueError(f"at={at} is not one of the steps {_short(times)}.")
+    return times.index(at)
+
+
+def _short(times: Sequence[int]) -> str:
+    return ", ".join(map(str, times)) if len(times) <= 6 else f"{times[0]}, {times[1]}, ..., {times[-1]}"
+
+
+def _origin(rule: Rule, past: Sequence[int]) -> int:
+    """Index of the iterate that the buffers hold when burn-in ends: the last one followed, θ_0 if none was."""
+    followed = [i for i, step in enumerate(past) if i == 0 or rule.timing.follows(step)]
+    return followed[-1]

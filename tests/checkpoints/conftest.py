@@ -1,0 +1,1 @@
+from tests.model_files import make_run as make_run

@@ -1,0 +1,135 @@
+"""Tuning by gradients in the weights on checkpoints."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lagless import BEMA, DEMA, EMA, PowerEMA, UniformAverage
+from lagless.checkpoints import find_checkpoints
+from lagless.lab.averages import evaluate_averages
+from lagless.lab.evaluation import held_out_sequences, sequence_losses
+from lagless.lab.tune import AXES, AverageLoss, QuadraticModel, settings, tune
+from lagless.posthoc import combine_checkpoints
+
+STARTS = {"bema": BEMA(update_freq=10), "ema": EMA(update_freq=10)}
+
+
+@pytest.fixture
+def held_out(text, tokenizer):
+    return tuple(held_out_sequences(str(path), tokenizer, length=48, count=16) for path in text)
+
+
+@pytest.fixture
+def average_loss(run, held_out):
+    checkpoints = find_checkpoints(run).checkpoints
+    model = AutoModelForCausalLM.from_pretrained(run / "checkpoint-60", dtype=torch.float64)
+    states = combine_checkpoints(checkpoints, np.eye(len(checkpoints)), accumulate="float64")
+    return AverageLoss(model, states, held_out[0], batch_size=5)
+
+
+def test_one_backward_pass_gives_the_slope_in_every_weight(average_loss):
+    weights = np.array([0.1, -0.1, 0.1, 0.2, 0.2, 0.2, 0.3])
+    _, slopes = average_loss(weights)
+    for i in range(len(weights)):
+        step = 1e-4 * np.eye(len(weights))[i]
+        difference = (average_loss(weights + step)[0] - average_loss(weights - step)[0]) / 2e-4
+        # logits are float32 in the loss, so differences are good to about 1e-7 / 1e-4
+        assert slopes[i] == pytest.approx(difference, rel=1e-2, abs=2e-3)
+
+
+def test_tied_tensors_that_are_stored_twice_count_once(average_loss, run, held_out):
+    states = [dict(state) for state in average_loss._states]
+    for state in states:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    twice = AverageLoss(average_loss._model, states, held_out[0], batch_size=5)
+    weights = np.eye(7)[3]
+    np.testing.assert_allclose(twice(weights)[1], average_loss(weights)[1])
+    np.testing.assert_allclose(twice.gram(), average_loss.gram())
+
+
+def test_gram_is_of_the_moves_between_checkpoints(average_loss, run):
+    states = combine_checkpoints(find_checkpoints(run).checkpoints, np.eye(7), accumulate="float64")
+    moved = [torch.cat([(s[name] - states[-1][name]).flatten() for name in s]) for s in states]
+    expected = [[float(a @ b) for a in moved] for b in moved]
+    np.testing.assert_allclose(average_loss.gram(), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_the_model_of_a_quadratic_becomes_exact():
+    generator = np.random.default_rng(0)
+    thetas, root = generator.standard_normal((4, 6)), generator.standard_normal((6, 6))
+    hessian, centre = root @ root.T + np.eye(6), generator.standard_normal(6)
+
+    def loss(w):
+        d = w @ thetas - centre
+        return 0.5 * d @ hessian @ d, thetas @ (hessian @ d)
+
+    moves = thetas - thetas[-1]
+    model = QuadraticModel(moves @ moves.T)
+    candidates = np.array([(a, b, c, 1 - a - b - c) for a, b, c in itertools.product(np.linspace(-1, 1, 21), repeat=3)])
+    truth = np.array([loss(w)[0] for w in candidates])
+    model.add(np.eye(4)[3], *loss(np.eye(4)[3]))
+    for chosen in candidates[[100, 5000, 9000]]:  # as many steps as there are directions
+        model.add(chosen, *loss(chosen))
+    np.testing.assert_allclose(model.predict(candidates), truth, rtol=1e-6)
+
+
+def test_it_finds_what_the_whole_grid_holds_best(run, held_out):
+    validation, test = held_out
+    found = tune(run, STARTS, validation, test, evaluations=12)
+    rules = {str(i): rule for i, rule in enumerate(r for start in STARTS.values() for r in settings(start))}
+    assert found.considered == len({*rules.values(), *STARTS.values()}) > 1500
+    some = dict(list(rules.items())[::7])
+    grid = list(evaluate_averages(run, some, lambda m: sequence_losses(m, validation, 16).mean.value, live=False))
+    best_of_grid = min(e.result for e in grid)
+    best = min(trial.loss for trial in found.trials)
+    start = min(trial.loss for trial in found.trials if trial.rule in STARTS.values())
+    assert len(found.trials) <= 12 < len(grid)
+    assert best <= best_of_grid + 0.05 * (start - best_of_grid)
+
+
+def test_the_result_is_on_sequences_that_the_search_did_not_see(run, held_out):
+    validation, test = held_out
+    found = tune(run, STARTS, validation, test, evaluations=6)
+    assert [c.name for c in found.candidates] == ["live", "bema", "ema", "best"]
+    rules = {"bema": STARTS["bema"], "ema": STARTS["ema"], "best": found.best}
+    for each in evaluate_averages(run, rules, lambda m: (sequence_losses(m, validation), sequence_losses(m, test))):
+        candidate = next(c for c in found.candidates if c.name == each.name)
+        assert candidate.validation == pytest.approx(each.result[0].mean.value, abs=1e-5)
+        assert candidate.test.value == pytest.approx(each.result[1].mean.value, abs=1e-5)
+    live, best = found.candidates[0], found.candidates[-1]
+    assert best.difference.value == pytest.approx(best.test.value - live.test.value)
+    assert live.difference.value == 0.0 and live.rule is None
+    assert best.validation == min(t.loss for t in found.trials if t.rule is not None)
+    swapped = tune(run, STARTS, validation, validation, evaluations=6)
+    assert swapped.best == found.best
+
+
+def test_evaluations_are_bounded(run, held_out):
+    seen = []
+    found = tune(run, STARTS, *held_out, evaluations=4, progress=seen.append)
+    assert seen == list(found.trials) and len(seen) <= 4
+    assert [trial.rule for trial in seen[:3]] == [None, *STARTS.values()]
+
+
+def test_settings_keep_what_is_not_searched():
+    found = list(settings(BEMA(update_freq=10, lag=3.0)))
+    assert len(found) == AXES["ema_power"].points * AXES["bias_power"].points
+    assert all(rule.lag == 3.0 and rule.update_freq == 10 for rule in found)
+    assert len(list(settings(BEMA(bias_power=np.inf)))) == AXES["ema_power"].points
+    assert {rule.half_life_fraction is None for rule in settings(EMA(half_life_fraction=0.1))} == {False}
+    assert len({rule.relative_width for rule in settings(PowerEMA())}) == AXES["relative_width"].points
+    assert list(settings(UniformAverage())) == [UniformAverage()]
+    assert list(settings(EMA(decay=0.9))) == [EMA(decay=0.9)]
+    assert len(list(settings(DEMA()))) == AXES["ema_power"].points
+
+
+def test_bad_requests_are_refused(run, held_out):
+    with pytest.raises(ValueError, match="starts: the mapping is empty"):
+        tune(run, {}, *held_out)
+    with pytest.raises(ValueError, match="evaluations=2; it must be at least 3"):
+        tune(run, STARTS, *held_out, evaluations=2)
+    with pytest.raises(ValueError, match="updates every 400 steps"):
+        tune(run, {"bema": BEMA()}, *held_out)

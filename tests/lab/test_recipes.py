@@ -1,0 +1,214 @@
+"""Recipes: complete, documented, true to the papers, and strict about what people write."""
+
+import pytest
+
+pytest.importorskip("pydantic")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from lagless import BEMA, EMA  # noqa: E402
+from lagless.cli import app  # noqa: E402
+from lagless.lab.recipes import (  # noqa: E402
+    describe,
+    load_recipe,
+    open_fields,
+    parse_override,
+    recipe_names,
+)
+from lagless.lab.recipes._section import Section  # noqa: E402
+
+
+def filled(name):
+    return load_recipe(name, {field: "somewhere" for field in open_fields(name)})
+
+
+def sections(kind=Section):
+    for each in kind.__subclasses__():
+        yield each
+        yield from sections(each)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipes(name, tmp_path):
+    recipe = filled(name)
+    assert recipe.name == name and recipe.summary
+    assert recipe.needs_accelerator != name.endswith("small")
+    assert set(open_fields(name)) <= {"data.path", "model.path"}
+    assert bool(open_fields(name)) == name.endswith("small")
+    data = recipe.model_dump()
+    for path in recipe.ours:
+        node = data
+        for key in path.split("."):
+            node = node[key]
+    # What `lagless recipes NAME` prints is the same recipe.
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(describe(recipe))
+    assert load_recipe(printed) == recipe
+    # Every point of its sweep is a recipe.
+    for field, values in (recipe.sweep.grid if recipe.sweep else {}).items():
+        for value in values:
+            overrides = {path: "somewhere" for path in open_fields(name)}
+            changed = load_recipe(name, overrides | dict([parse_override(f"{field}={value}")]))
+            assert changed.digest() != recipe.digest() or changed == recipe
+
+
+def test_every_family_has_a_small_twin():
+    families = {name.rsplit("-", 1)[0] for name in recipe_names() if name.endswith("small")}
+    assert families == {"bema-sft", "pace-sft", "pace-pretrain", "bias-sft", "bias-pretrain", "bias-pretrain-noisy"}
+
+
+def test_every_field_is_described():
+    found = list(sections())
+    assert len(found) > 15
+    for section in found:
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name}"
+
+
+def test_bema_values():
+    """Tables 1 and 2 of Block and Zhang."""
+    recipe = load_recipe("bema-sft-qwen2.5-1.5b")
+    training, optimizer = recipe.training, recipe.method.optimizer
+    assert recipe.model.path == "Qwen/Qwen2.5-1.5B"
+    assert (training.epochs, training.learning_rate, training.batch_size) == (2, 3e-5, 256)
+    assert (recipe.method.schedule.kind, recipe.method.schedule.warmup_steps) == ("constant", 0)
+    assert (training.precision, training.max_grad_norm) == ("float16", 1.0)
+    assert (optimizer.kind, optimizer.betas, optimizer.eps) == ("adamw", (0.9, 0.999), 1e-8)
+    assert optimizer.weight_decay == 0.0  # Adam
+    assert recipe.method.averages == {
+        "bema": BEMA(ema_power=0.5, bias_power=0.2, multiplier=1.0, lag=10.0, update_after=0, update_freq=400),
+        "ema": EMA(ema_power=0.5, multiplier=1.0, lag=10.0, update_after=0, update_freq=400),
+    }
+    assert (recipe.data.max_length, recipe.data.too_long, recipe.data.validation_fraction) == (4096, "drop", 0.01)
+    assert recipe.evaluation.sequences == 200
+    for other in ("bema-sft-gemma3-1b", "bema-sft-llama3.2-1b"):
+        assert load_recipe(other).model.chat_template == recipe.model.path
+        assert load_recipe(other).training == training
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "pullback", "power"),
+    [
+        ("pace-sft-smollm2-1.7b", 1e-3, 0.15, 0.2),
+        ("pace-sft-qwen3-1.7b", 5e-4, 0.25, 0.5),
+        ("pace-sft-gemma3-1b", 1e-3, 0.15, 0.5),
+    ],
+)
+def test_pace_values(name, lr, pullback, power):
+    """Figure 1 of Au and Block, and the settings that all its runs share."""
+    recipe = load_recipe(name)
+    optimizer, training = recipe.method.optimizer, recipe.training
+    assert (training.learning_rate, optimizer.pullback, optimizer.average.ema_power) == (lr, pullback, power)
+    # (1 + γ max(0, t - ρ))^-κ with γ = 1, ρ = 0, floor 1e-4, φ = 1
+    assert (optimizer.average.multiplier, optimizer.average.lag) == (1.0, 1.0)
+    assert (optimizer.average.update_freq, optimizer.average.min_ema_multiplier) == (1, 1e-4)
+    assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ((0.9, 0.999), 1e-8, 0.01)
+    assert (training.epochs, training.batch_size, training.max_grad_norm) == (1, 256, 1.0)
+    assert (recipe.method.schedule.kind, recipe.method.schedule.warmup_steps) == ("constant", 50)
+    assert (recipe.data.max_length, recipe.data.loss_on, recipe.model.chat_template) == (1280, "assistant", "chatml")
+    assert recipe.seed == 42
+
+
+def test_pretraining_values():
+    gpt2 = load_recipe("pace-pretrain-gpt2-124m")
+    tokens = gpt2.training.max_steps * gpt2.training.batch_size * gpt2.data.sequence_length
+    assert gpt2.training.max_steps == 4750 and tokens == pytest.approx(2.5e9, rel=0.01)
+    corrected, standard = (load_recipe(f"bias-pretrain-qwen2.5-0.5b{end}") for end in ("", "-adamw"))
+    assert corrected.training.max_steps * 512 * 1024 == pytest.approx(262e6, rel=0.01)
+    assert (corrected.training.learning_rate, corrected.training.embedding_learning_rate) == (9e-4, 6e-4)
+    assert (standard.training.learning_rate, standard.training.embedding_learning_rate) == (6e-4, None)
+    assert (corrected.method.schedule.floor, standard.method.schedule.floor) == (0.2, 0.0)
+    assert standard.method.optimizer.kind == "adamw" and corrected.method.optimizer.kind == "bias_corrected_adamw"
+    assert corrected.data == standard.data
+    noise = load_recipe("bias-pretrain-qwen2.5-0.5b-noisy").data.noise
+    assert (noise.sequences, noise.least, noise.most, noise.block, noise.seed) == (0.2, 0.2, 0.4, 64, 123)
+
+
+BAD = [
+    ("training.lerning_rate=1", r"training\.lerning_rate: unknown field; did you mean learning_rate\?"),
+    ("method.optimizer.kind=adamw", r"method\.optimizer\.pullback: is no field of this kind of section"),
+    ("model={kind: knew}", r"model\.kind='knew'; it must be one of 'pretrained', 'new'"),
+    ("model={path: x}", r"model\.kind: is required"),
+    ("training.batch_size=0", r"training\.batch_size=0: Input should be greater than or equal to 1"),
+    ("training.learning_rate=.nan", r"training\.learning_rate=nan: Input should be a finite number"),
+    ("training.max_steps=5", r"training=?.*: give one of max_steps and epochs"),
+    ("method.averages={b: {rule: BEMA, power: 1}}", r"method\.averages\.b: BEMA has no argument power"),
+    ("method.averages={b: {rule: BEMA, ema_power: -1}}", r"method\.averages\.b: .*ema_power=-1"),
+    ("method.averages={b: 3}", r"method\.averages\.b=3: 3 is no rule; write \{rule: BEMA"),
+    ("method.averages={live: {rule: EMA}}", "live cannot be the name of an average"),
+    ("method.averages={../x: {rule: EMA}}", r"'\.\./x' is to be the name of a folder"),
+    ("method.returned=bema", r"method\.returned='bema'; there are live, optimizer"),
+    ("data.input_column=context", "input_column needs prompt_column"),
+    ("data.prompt_column=question", "belong together; give both or neither"),
+    ("data.validation_path=x", "validation_path and validation_split are both given"),
+    ("data.path.x=1", "path has no fields of its own"),
+    ("training.learning_rate", "write FIELD=VALUE"),
+    ("data={kind", "is no YAML value"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_changes(change, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe("pace-sft-smollm2-1.7b", [change])
+
+
+def test_bad_recipes(tmp_path):
+    with pytest.raises(ValueError, match="'bema-sft-smal' is unknown; did you mean bema-sft-small"):
+        load_recipe("bema-sft-smal")
+    with pytest.raises(ValueError, match="there is no such recipe file"):
+        load_recipe(tmp_path / "none.yaml")
+    for text, message in [("[1, 2]", "is a mapping"), ("a: [", "is no YAML"), ("extends: x", "is no packaged recipe")]:
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_recipe(tmp_path / "bad.yaml")
+    with pytest.raises(ValueError, match=r"(?s)model\.path: is required.*data\.path: is required.*lagless recipes"):
+        load_recipe("bema-sft-small")
+    with pytest.raises(ValueError, match="tokenizers are trained for pretraining only"):
+        load_recipe(
+            "bema-sft-small",
+            {"model": {"kind": "new", "architecture": "llama", "config": {}, "tokenizer": 300}, "data.path": "x"},
+        )
+    with pytest.raises(ValueError, match="chat_template is for conversations"):
+        load_recipe("pace-pretrain-small", {"model.chat_template": "chatml", "data.path": "x"})
+
+
+def test_numbers_of_json_and_yaml():
+    for text in ("3e-4", "0.0003", "3.0e-04"):
+        assert parse_override(f"a={text}") == ("a", 3e-4)
+    assert parse_override("a=1e3x") == ("a", "1e3x")
+
+
+def test_digest_is_of_what_decides_the_run_but_the_seed():
+    recipe = filled("pace-pretrain-small")
+    assert recipe.sweep is not None
+    assert recipe.digest() == recipe.resolved(seed=7).digest()
+    assert recipe.resolved(7).seed == 7 and recipe.resolved(7).sweep is None
+    for change in ("training.learning_rate=1e-4", "method.optimizer.average.ema_power=0.3", "data.split_seed=1"):
+        assert load_recipe("pace-pretrain-small", ["data.path=somewhere", change]).digest() != recipe.digest()
+
+
+def test_command():
+    listed = CliRunner().invoke(app, ["recipes"], env={"COLUMNS": "200"})
+    assert listed.exit_code == 0 and all(name in listed.stdout for name in recipe_names())
+    printed = CliRunner().invoke(app, ["recipes", "bema-sft-small", "--set", "training.learning_rate=1e-5"])
+    assert "# Peak learning rate.\n  learning_rate: 1.0e-05" in printed.stdout
+    assert "path: FILL IN" in printed.stdout
+
+
+def test_changes_are_left_as_they_were():
+    section = {"kind": "pace", "pullback": 0.1}
+    overrides = {"data.path": "text.txt", "method.optimizer": section, "method.optimizer.pullback": 0.2}
+    recipe = load_recipe("pace-pretrain-small", overrides)
+    assert recipe.method.optimizer.pullback == 0.2 and section == {"kind": "pace", "pullback": 0.1}
+
+
+def test_an_empty_section_of_an_extending_recipe_empties_it(tmp_path):
+    path = tmp_path / "mine.yaml"
+    needed = ["model.path=x", "data.path=y"]
+    for text, left in (
+        ("averages: {}", []),
+        ("averages: {fast: {rule: EMA}}", ["bema", "ema", "ouema", "dema", "fast"]),
+    ):
+        path.write_text(f"extends: bema-sft-small\nmethod: {{returned: live, {text}}}\n")
+        assert list(load_recipe(path, needed).method.averages) == left
