@@ -29,8 +29,8 @@ def test_blocks_run(hf, tmp_path, monkeypatch, block):
     exec(short, names)
     trainer = names["trainer"]
     assert isinstance(trainer, Trainer) and isinstance(trainer.args, TrainingArguments)
-    assert any("eval_bema_loss" in entry for entry in trainer.state.log_history)
-    AutoModelForCausalLM.from_pretrained(Path(trainer.args.output_dir) / "averaged/bema")
+    assert any("eval_ema_loss" in entry for entry in trainer.state.log_history)
+    AutoModelForCausalLM.from_pretrained(Path(trainer.args.output_dir) / "averaged/ema")
     if "best" in block:
         best = hf.weights(AutoModelForCausalLM.from_pretrained("best"))
-        assert hf.same(best, hf.weights(AutoModelForCausalLM.from_pretrained("sft/averaged/bema")))
+        assert hf.same(best, hf.weights(AutoModelForCausalLM.from_pretrained("sft/averaged/ema")))
