@@ -92,3 +92,17 @@ def _renamed(fullname: str) -> str | None:
         if fullname.startswith(f"{former}."):
             return MODULES[former] + fullname[len(former) :]
     return None
+
+
+def former_method(name: str, new: str) -> Callable[..., Any]:
+    """Return a method that warns and calls the method ``new``, which was called ``name``."""
+
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        warnings.warn(
+            f"{type(self).__name__}.{name} is called {new} now; the former name goes with the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(self, new)(*arguments, **options)
+
+    return call

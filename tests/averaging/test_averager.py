@@ -12,7 +12,7 @@ from torch import nn
 
 import lagless
 from lagless import BEMA, DEMA, EMA, OUEMA, Averager, UniformAverage, WindowAverage, trajectory_weights
-from lagless.rules import Read, Update
+from lagless.rules import ReadCoefficients, UpdateCoefficients
 
 
 def walk(tensors, seed):
@@ -391,10 +391,10 @@ def test_a_label_that_says_too_little_is_caught():
         labels = ("mine",)
 
         def update(self, tick):
-            return Update(((1.0 - self.gain,),), (self.gain,))
+            return UpdateCoefficients(((1.0 - self.gain,),), (self.gain,))
 
         def read(self, tick):
-            return Read((1.0,), 0.0)
+            return ReadCoefficients((1.0,), 0.0)
 
     averager = Averager({"w": torch.zeros(1)}, {"a": Mine(0.9), "b": Mine(0.1)})
     with pytest.raises(ValueError, match="'b' has a buffer with the label of another rule's, but updates it otherwise"):

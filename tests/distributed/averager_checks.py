@@ -144,7 +144,7 @@ def check_mixed_precision_averages_the_float32_weights(rank: int, world: int, fo
     for _ in range(3):
         train(model, optimizer)
         wanted = {n: w.lerp(full(dict(model.named_parameters())[n]).detach(), 0.25) for n, w in wanted.items()}
-    found = {name: tensor for name, tensor in averager.items()}
+    found = {name: tensor for name, tensor in averager.named_averages()}
     assert same(found, wanted) and all(tensor.dtype == torch.float32 for tensor in found.values())
 
 

@@ -201,7 +201,7 @@ def check_models_that_accelerate_shards(rank: int, world: int, folder: Path) -> 
         optimizer.step()
         optimizer.zero_grad()
         wanted = {name: mean.lerp(full(model.get_parameter(name)), 0.25) for name, mean in wanted.items()}
-    assert same(dict(averager.items()), wanted)
+    assert same(dict(averager.named_averages()), wanted)
     save_fsdp_model(plugin, accelerator, model, folder / "checkpoint-3")
     save_fsdp_optimizer(plugin, accelerator, optimizer, model, folder / "checkpoint-3")
     stored = open_checkpoint(folder / "checkpoint-3")

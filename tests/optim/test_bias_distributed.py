@@ -73,7 +73,7 @@ def train(model, optimizer, data, rank=None, each=2, sync_always=False, weighed=
             loss = model(x).square().mean() / len(mine)
             if weighed:
                 weight = WEIGHTS[j if rank is None else order(j, rank)]
-                optimizer.weigh_microbatch(weight)
+                optimizer.set_microbatch_weight(weight)
                 loss *= weight
             with model.no_sync() if quiet else contextlib.nullcontext():
                 loss.backward()
@@ -167,7 +167,7 @@ def sharded_curvature(rank):
                     for j, x in enumerate(step):
                         weight = 1.0 if weights is None else weights[j]
                         if weights is not None:
-                            optimizer.weigh_microbatch(weight)
+                            optimizer.set_microbatch_weight(weight)
                         output = model(x[rank] if shards else x.flatten(0, 1))
                         if optimizer.curvature_due:
                             optimizer.add_curvature(output.sin().mean(), retain_graph=True)
@@ -306,7 +306,7 @@ def train_matrices(model, optimizer, data, weights=None):
         for j, x in enumerate(step):
             loss = 10.0 * model(x).square().mean() / len(step)
             if weights is not None:
-                optimizer.weigh_microbatch(weights[j])
+                optimizer.set_microbatch_weight(weights[j])
                 loss *= weights[j]
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)

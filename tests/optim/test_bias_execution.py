@@ -48,7 +48,7 @@ def run(make, shapes, steps=4, dtype=torch.float32, unequal=None, **settings):
     optimizer = make(weights, **settings)
 
     def weigh(j):
-        optimizer.weigh_microbatch(unequal[j])
+        optimizer.set_microbatch_weight(unequal[j])
         return unequal[j]
 
     for step in range(steps):

@@ -93,7 +93,7 @@ def test_trainer_equals_a_plain_loop(settings, checkpointing, weighed, tmp_path)
             logits = twin(input_ids=inputs["input_ids"]).logits[:, :-1].flatten(0, 1)
             loss = torch.nn.functional.cross_entropy(logits, inputs["labels"][:, 1:].flatten(), reduction="sum")
             if weighed:
-                optimizer.weigh_microbatch(int((inputs["labels"][:, 1:] != -100).sum()))
+                optimizer.set_microbatch_weight(int((inputs["labels"][:, 1:] != -100).sum()))
             (loss / tokens).backward()
         torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
         optimizer.step()
@@ -118,7 +118,7 @@ def test_losses_that_are_means_of_their_microbatches_weigh_the_same():
     model(**batch, num_items_in_batch=40)
     assert optimizer._microbatches.announced == 8.0
     handle.remove()
-    optimizer.weigh_microbatch(5)
+    optimizer.set_microbatch_weight(5)
     model(**batch, num_items_in_batch=40)
     assert optimizer._microbatches.announced == 5.0
 

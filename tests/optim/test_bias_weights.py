@@ -33,7 +33,7 @@ def arrive(optimizer, p, means, weights, announce=True, scale=1.0):
     """One backward() per microbatch, with the gradient weight · mean."""
     for mean, weight in zip(means, weights, strict=True):
         if announce:
-            optimizer.weigh_microbatch(weight)
+            optimizer.set_microbatch_weight(weight)
         (scale * float(weight) * (p * mean).sum()).backward()
 
 
@@ -184,8 +184,8 @@ def test_refusals():
     optimizer = make(p)
     for weight in (-1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"weight={weight}; it must be a finite number >= 0"):
-            optimizer.weigh_microbatch(weight)
-    optimizer.weigh_microbatch(2.0)
+            optimizer.set_microbatch_weight(weight)
+    optimizer.set_microbatch_weight(2.0)
     for _ in range(3):
         p.square().sum().backward()
     with pytest.raises(RuntimeError, match="1 of 3 microbatches of this step were given a weight"):
@@ -233,7 +233,7 @@ def test_sophia(cross_fit):
     p = torch.zeros(6, dtype=torch.float64, requires_grad=True)
     optimizer = BiasCorrectedSophia([("w", p)], cross_fit=cross_fit, hessian_freq=1)
     for j, weight in enumerate(weights):
-        optimizer.weigh_microbatch(float(weight))
+        optimizer.set_microbatch_weight(float(weight))
         optimizer.add_curvature((p * q[j]).sum())
         (weight / 12.0 * (p * g[j]).sum()).backward()
     optimizer.step()

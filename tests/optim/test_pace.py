@@ -10,7 +10,7 @@ from torch import nn
 
 from lagless import BEMA, DEMA, EMA, OUEMA, Averager, PowerEMA, UniformAverage, WindowAverage
 from lagless.optim import PACE
-from lagless.optim._average_step import motion, motion_on_device, pull_decay
+from lagless.optim._average_step import average_step, average_step_on_device, pull_decay
 from lagless.rules._gains import Tick
 from lagless.testing import OPTIMIZER_CHECKS
 from lagless.updates import pace_constants, pulled_adamw
@@ -262,7 +262,7 @@ def test_between_updates_the_target_rests_and_the_gate_closes():
     ids=str,
 )
 def test_the_gain_falls_as_the_average_slows(rule, expected):
-    assert math.isclose(motion(rule, 4).decay, expected)
+    assert math.isclose(average_step(rule, 4).decay, expected)
 
 
 @pytest.mark.parametrize(
@@ -272,9 +272,9 @@ def test_the_gain_falls_as_the_average_slows(rule, expected):
 )
 def test_numbers_on_the_device_are_those_of_the_host(rule):
     steps = list(range(1, 20))
-    weights, decays = motion_on_device(rule, torch.tensor(steps, dtype=torch.float64))
+    weights, decays = average_step_on_device(rule, torch.tensor(steps, dtype=torch.float64))
     for step, weight, decay in zip(steps, weights.tolist(), decays.tolist(), strict=True):
-        expected = motion(rule, step)
+        expected = average_step(rule, step)
         live = 0.0 if expected.update is None else expected.update.live[0]
         assert math.isclose(weight, live, rel_tol=1e-12, abs_tol=1e-15)
         assert math.isclose(decay, expected.decay, rel_tol=1e-12)
@@ -397,10 +397,10 @@ def test_a_recording_inside_another_one_ends_alone():
 
 def test_the_gain_of_a_profile_falls_smoothly_between_updates():
     rule = EMA(half_life_fraction=0.2, update_freq=10)
-    falling = [motion(rule, step).decay for step in range(1, 50)]
+    falling = [average_step(rule, step).decay for step in range(1, 50)]
     assert all(a > b > 0.0 for a, b in zip(falling, falling[1:], strict=False))
     every = EMA(half_life_fraction=0.2)
-    assert falling == [motion(every, step).decay for step in range(1, 50)]
+    assert falling == [average_step(every, step).decay for step in range(1, 50)]
 
 
 @pytest.mark.parametrize("capturable", [False, True])

@@ -17,7 +17,7 @@ from lagless.execution._compiled import KERNEL_SMALLEST
 from lagless.execution._devices import counts
 from lagless.execution._rounding import Noise
 from lagless.optim import PACE, Pullback
-from lagless.optim._average_step import motion
+from lagless.optim._average_step import average_step
 from lagless.optim._executors import _rounded_at_random
 from lagless.updates import PaceConstants, pace_constants, pulled_adamw
 
@@ -36,7 +36,7 @@ def pure_run(start, steps, average, pullback, clamp=True, maximize=False, **sett
     theta, ema = start.double(), start.double()
     m = v = torch.zeros_like(theta)
     for step in range(1, steps + 1):
-        moves = motion(average, step)
+        moves = average_step(average, step)
         k = pace_constants(
             step,
             pullback=pullback * moves.decay,
@@ -75,7 +75,7 @@ def test_execution_is_the_pure_update(case, execution, dtype, tolerance):
     for step in range(1, 5):
         weight.grad = gradient(weight, step)
         optimizer.step()
-        followed += motion(case["average"], step).weight * (weight.detach().double() - followed)
+        followed += average_step(case["average"], step).weight * (weight.detach().double() - followed)
     theta, ema = pure_run(start, steps=4, **(SETTINGS | case))
     # Differences of one rounding grow where a small denominator amplifies them; in bfloat16 a rounding of the weights
     # may fall on the other side, and few do.
@@ -112,7 +112,7 @@ def test_one_call_into_c_is_the_pure_update_bit_for_bit(case, dtype, threads, mo
     optimizer = PACE(weights, **case, compile=True)
     expected = [[w.detach().clone(), *[torch.zeros_like(w)] * 2, w.detach().clone()] for w in weights]
     for step in range(1, 6):
-        moves = motion(case["average"], step)
+        moves = average_step(case["average"], step)
         k = pace_constants(
             step,
             pullback=case["pullback"] * moves.decay,

@@ -37,7 +37,7 @@ RULES_OF_ALL_KINDS = (
 
 def forward_weights(rule, steps):
     """The definition: the recursion run forwards on unit vectors."""
-    buffers = np.zeros((len(rule.labels), len(steps)))
+    buffers = np.zeros((len(rule.buffer_keys), len(steps)))
     buffers[:, 0] = 1.0
     due = {tick.step: tick for tick in ticks(rule, steps)}
     for i, step in enumerate(steps[1:], start=1):

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 import lagless
 from lagless import BEMA, DEMA, EMA, OUEMA, PowerEMA, UniformAverage, WindowAverage, mean_age, trajectory_weights
 from lagless.rules import named_rules, rule_from_dict, rule_to_dict
-from lagless.rules._gains import PowerClock, Tick
+from lagless.rules._gains import PowerSchedule, Tick
 from lagless.testing import RULE_CHECKS
 
 VECTORS = json.loads((Path(__file__).parent / "averaging_vectors.json").read_text())
@@ -156,7 +156,7 @@ def test_half_life_fraction_is_near_torchtitans_to_first_order():
 
 def test_forms_of_bema():
     t, tau, rho, gamma = 50, 20, 7.0, 0.5
-    offline, online, trl = (PowerClock(gamma, rho, tau, form) for form in ("offline", "online", "trl"))
+    offline, online, trl = (PowerSchedule(gamma, rho, tau, form) for form in ("offline", "online", "trl"))
     assert offline.beta(t, 0.3) == (1 + gamma * (t - tau + rho)) ** -0.3
     assert offline.alpha(t, 0.2) == (1 + (t - tau + rho)) ** -0.2
     assert online.beta(t, 0.3) == gamma * (1 + t - rho) ** -0.3

@@ -101,7 +101,7 @@ def test_every_default_rule_updates_within_the_run_and_its_budget(steps, freq, c
     assert rules
     for name, rule in rules.items():
         assert rule.update_after + rule.update_freq <= steps
-        assert len(rule.labels) <= copies
+        assert len(rule.buffer_keys) <= copies
         assert eval(name, {kind.__name__: kind for kind in KINDS}) == rule
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -12,14 +13,24 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lagless._deprecated import former_method
 from lagless._validation import require_integer
 from lagless.averaging._attachment import Attachment
-from lagless.averaging._buffers import Bank, RowUpdate
+from lagless.averaging._buffers import AverageBuffers, RowUpdate
 from lagless.averaging._initial_weights import StoredStart, check_start
 from lagless.averaging._live import LiveTensors, Source
 from lagless.averaging._state import FORMAT, State, load_file, match, save_file
 from lagless.execution import Sharding, local
-from lagless.rules import Read, Rule, Start, Tick, named_rules, require_updates, rule_to_dict, tail
+from lagless.rules import (
+    InitialWeights,
+    ReadCoefficients,
+    Rule,
+    Tick,
+    named_rules,
+    read_between_updates,
+    require_updates,
+    rule_to_dict,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
@@ -99,17 +110,17 @@ class Averager:
         self._attachment: Attachment | None = None
         self._last = {name: Tick(step, max(step, rule.update_after), 0) for name, rule in self.rules.items()}
 
-        labels = list(dict.fromkeys(label for rule in self.rules.values() for label in rule.labels))
-        self._index = {name: [labels.index(label) for label in rule.labels] for name, rule in self.rules.items()}
+        labels = list(dict.fromkeys(label for rule in self.rules.values() for label in rule.buffer_keys))
+        self._index = {name: [labels.index(label) for label in rule.buffer_keys] for name, rule in self.rules.items()}
         live = self._live.tensors()
         self._stored_start: StoredStart | None = None
         absent: list[Hashable] = []
         if start is not None:
             check_start(self.rules, step)
             self._stored_start = StoredStart(start, self._live, live)
-            absent = [label for label in labels if isinstance(label, Start)]
+            absent = [label for label in labels if isinstance(label, InitialWeights)]
         place = None if device is None else torch.device(device)
-        self._buffers = Bank(
+        self._buffers = AverageBuffers(
             live,
             labels,
             dtype=dtype,
@@ -199,7 +210,7 @@ class Averager:
         return any(sharding.mesh is not None for sharding in self._live.shardings)
 
     @property
-    def in_model(self) -> str | None:
+    def applied_name(self) -> str | None:
         """The average that is in the model now, inside :meth:`applied`; None for the live weights."""
         return self._applied
 
@@ -234,7 +245,7 @@ class Averager:
             self._applied = None
 
     @torch.no_grad()
-    def put(self, name: str | None = None) -> None:
+    def copy_to_model(self, name: str | None = None) -> None:
         """Make the average the model's weights for good, rounded to the parameters' dtype; the live ones are gone.
 
         Args:
@@ -267,10 +278,12 @@ class Averager:
         Raises:
             RuntimeError: before the first update of that rule, or while averaged weights are in the model.
         """
-        averages = dict(self.items(name, dtype=dtype))
+        averages = dict(self.named_averages(name, dtype=dtype))
         return averages | {alias: averages[first] for alias, first in self._live.aliases.items()}
 
-    def items(self, name: str | None = None, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def named_averages(
+        self, name: str | None = None, *, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """The averaged weights of :meth:`read` one by one, so that they need never be in memory all at once.
 
         Of tied tensors only the first comes, under its first name.
@@ -279,6 +292,19 @@ class Averager:
         self._refuse_while_applied(f"read {name!r}")
         values = zip(self._live.names, self._live.shardings, self._values(name), strict=True)
         return ((key, sharding.present(v if dtype is None else v.to(dtype))) for key, sharding, v in values)
+
+    put = former_method("put", "copy_to_model")
+    items = former_method("items", "named_averages")
+
+    @property
+    def in_model(self) -> str | None:
+        """Return ``applied_name``, which this was called formerly."""
+        warnings.warn(
+            "Averager.in_model is called applied_name now; the former name goes with the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.applied_name
 
     def state_dict(self) -> State:
         """Everything a resumed run needs: ``{"tensors": {name: tensor}, "meta": {plain JSON}}``.
@@ -378,7 +404,7 @@ class Averager:
                 rows.append(RowUpdate(index[i], matrix_row[i], others, live))
         return rows
 
-    def _coefficients(self, name: str) -> Read:
+    def _coefficients(self, name: str) -> ReadCoefficients:
         """c and d of a read now, with the tail counted in."""
         rule, last = self.rules[name], self._last[name]
         if last.number == 0:
@@ -394,7 +420,7 @@ class Averager:
         if last.step == self.step:
             return rule.read(last)
         tick = self._next(name)
-        return tail(rule.update(tick), rule.read(tick))
+        return read_between_updates(rule.update(tick), rule.read(tick))
 
     def _values(self, name: str) -> Iterator[Tensor]:
         """The averaged tensors one by one, in float32 or wider."""

@@ -20,11 +20,11 @@ from lagless.execution import (
     LERP_C_SMALLEST,
     Noise,
     RowUpdate,
+    apply_row,
     buffer_dtype,
     fits_lerp_c,
     lerp_c,
     lerp_compiled,
-    move,
     pieces,
 )
 
@@ -48,7 +48,7 @@ class _Block:
     whole: bool = False
 
 
-class Bank:
+class AverageBuffers:
     """Buffers, each a list of tensors like the live ones and starting as their copy.
 
     Buffers that hold iterates (θ_0, snapshots) keep the parameters' dtype, which loses nothing; averages have
@@ -201,7 +201,7 @@ def _update(block: _Block, rows: Sequence[RowUpdate], noise: Noise) -> None:
     fused = [row for row in rows if block.whole and _can_fuse(block, row)]
     for row in rows:
         if row not in fused:
-            move(block.buffers, row, block.live, noise)
+            apply_row(block.buffers, row, block.live, noise)
     if fused:
         gains = torch.tensor([row.live for row in fused], dtype=torch.float64, device=block.live[0].device)
         lerp_compiled(block.live[0], [block.buffers[row.buffer][0] for row in fused], gains)

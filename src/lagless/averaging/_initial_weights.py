@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lagless.averaging._live import LiveTensors
 from lagless.checkpoints import Checkpoint, fingerprint, open_checkpoint
-from lagless.rules import Rule, Start, Tick
+from lagless.rules import InitialWeights, Rule, Tick
 
 
 def check_start(rules: Mapping[str, Rule], step: int) -> None:
@@ -25,9 +25,9 @@ def check_start(rules: Mapping[str, Rule], step: int) -> None:
         raise ValueError(f"start is the model at step 0, but step={step}; leave start out when joining a run.")
     for name, rule in rules.items():
         first = rule.update(Tick(rule.update_after + rule.update_freq, rule.update_after, 1))
-        for i, label in enumerate(rule.labels):
+        for i, label in enumerate(rule.buffer_keys):
             read_back = any(row[i] != 0.0 for j, row in enumerate(first.matrix) if j != i)
-            if isinstance(label, Start) and (rule.update_after > 0 or read_back):
+            if isinstance(label, InitialWeights) and (rule.update_after > 0 or read_back):
                 why = "reads θ_0 at every update" if read_back else f"replaces θ_0 at update_after={rule.update_after}"
                 raise ValueError(f"start cannot hold θ_0 of {name!r}: {type(rule).__name__} {why}; leave start out.")
 

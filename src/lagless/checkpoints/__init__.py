@@ -29,7 +29,7 @@ from lagless.checkpoints._safetensors_format import (
     TensorInfo as TensorInfo,
     build_header as build_header,
 )
-from lagless.checkpoints._sidecar_files import companions as companions
+from lagless.checkpoints._sidecar_files import sidecar_files as sidecar_files
 from lagless.checkpoints._trajectory import (
     StrPath as StrPath,
     Trajectory as Trajectory,

@@ -37,7 +37,7 @@ _TEMPLATES = "additional_chat_templates"
 _NEVER = ("zero_to_fp32.py",)
 
 
-def companions(folder: Path) -> list[Path]:
+def sidecar_files(folder: Path) -> list[Path]:
     """The files and folders of ``folder`` to carry over; an allow list, so that no optimizer state ever is.
 
     Python files go along only where a configuration refers to them (``auto_map``).
@@ -51,7 +51,7 @@ def companions(folder: Path) -> list[Path]:
     return found + [folder / _TEMPLATES] * (folder / _TEMPLATES).is_dir()
 
 
-def copy_companions(source: Path, destination: Path, dtype: str = "auto") -> None:
+def copy_sidecar_files(source: Path, destination: Path, dtype: str = "auto") -> None:
     """Copy the companions of the weights in ``source`` into ``destination``.
 
     Args:
@@ -63,7 +63,7 @@ def copy_companions(source: Path, destination: Path, dtype: str = "auto") -> Non
     Raises:
         CheckpointError: if ``config.json`` has to be changed and is no JSON object.
     """
-    for entry in companions(source):
+    for entry in sidecar_files(source):
         if entry.is_dir():
             shutil.copytree(entry, destination / entry.name)
         elif entry.name == "config.json" and dtype != "auto":

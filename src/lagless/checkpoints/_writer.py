@@ -17,7 +17,7 @@ from lagless.checkpoints._atomic_folder import Destination
 from lagless.checkpoints._errors import CheckpointError
 from lagless.checkpoints._layout import Layout
 from lagless.checkpoints._readers import Bytes, byte_view
-from lagless.checkpoints._sidecar_files import copy_companions
+from lagless.checkpoints._sidecar_files import copy_sidecar_files
 from lagless.execution import Ranks
 
 _OPEN_FILES = 256
@@ -126,7 +126,7 @@ class ModelWriter:
             name, text = self._layout.index
             (folder / name).write_text(text, encoding="utf-8")
         if self._companions is not None:
-            copy_companions(self._companions, folder, self._dtype)
+            copy_sidecar_files(self._companions, folder, self._dtype)
 
     def _write(self, path: Path, position: int, content: Bytes) -> None:
         known = self._descriptors.get(path)

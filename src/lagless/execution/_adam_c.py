@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lagless.execution._c import REALS, UNCONTRACTED, Rows, functions, in_memory
+from lagless.execution._c import NO_FMA, REALS, TensorTable, functions, in_memory
 from lagless.updates import DERIVED, AdamForm
 
 _FORMS = {("none", "none"): 0, ("leave_one_out", "none"): 1, ("leave_one_out", "jackknife"): 2}
@@ -42,7 +42,7 @@ def adam_step_c(form: AdamForm, row: Sequence[Tensor], numbers: Sequence[Any]) -
     """
     library, dtype = _library(), row[0].dtype
     assert library is not None
-    given, constants = Rows([row]), np.array(numbers, dtype=REALS[dtype])
+    given, constants = TensorTable([row]), np.array(numbers, dtype=REALS[dtype])
     number = _FORMS[form.cross_fit, form.inverse_correction]
     library[dtype](number, given.sizes, given.addresses, constants.ctypes.data, given.threads)
 
@@ -50,4 +50,4 @@ def adam_step_c(form: AdamForm, row: Sequence[Tensor], numbers: Sequence[Any]) -
 @functools.cache
 def _library() -> dict[torch.dtype, Callable[..., None]] | None:
     """By type; None where there is no working compiler."""
-    return functions("adam.c", "adam", UNCONTRACTED, [ctypes.c_int, *[ctypes.c_void_p] * 3, ctypes.c_size_t])
+    return functions("adam.c", "adam", NO_FMA, [ctypes.c_int, *[ctypes.c_void_p] * 3, ctypes.c_size_t])

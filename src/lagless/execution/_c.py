@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 _log = logging.getLogger("lagless")
 _LOCK = threading.Lock()
-UNCONTRACTED = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-lm")
+NO_FMA = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-lm")
 """Flags for elementwise formulas. Contracted products would make a value depend on where vectors leave off."""
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
 _FEWEST = 1 << 16  # elements per thread; starting one takes as long as some ten thousand elements
@@ -80,7 +80,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, Parameter) and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
-class Rows:
+class TensorTable:
     """Tensors of several parameters as ``parallel.h`` takes them; they must outlive this.
 
     Args:

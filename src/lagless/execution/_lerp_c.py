@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lagless.execution._c import REALS, Rows, functions, in_memory
+from lagless.execution._c import REALS, TensorTable, functions, in_memory
 
 LERP_C_SMALLEST = 1 << 20  # elements of all tensors together: fewer are not worth compiling for
 
@@ -32,7 +32,7 @@ def lerp_c(rows: Sequence[Sequence[Tensor]], gains: Sequence[float]) -> None:
     """
     library, dtype = _library(), rows[0][0].dtype
     assert library is not None
-    given, numbers = Rows(rows), np.array(gains, dtype=REALS[dtype])
+    given, numbers = TensorTable(rows), np.array(gains, dtype=REALS[dtype])
     library[dtype](len(rows), len(gains), given.sizes, given.addresses, numbers.ctypes.data, given.threads)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from lagless.execution._blocks import Row
-from lagless.execution._c import REALS, UNCONTRACTED, Rows, functions, in_memory
+from lagless.execution._c import NO_FMA, REALS, TensorTable, functions, in_memory
 from lagless.updates import PaceConstants
 
 
@@ -33,7 +33,7 @@ def pace_step_c(rows: Sequence[Row], k: PaceConstants) -> None:
     """
     library, dtype = _library(), rows[0][0].dtype
     assert library is not None
-    given, constants = Rows(rows), np.array(k, dtype=REALS[dtype])
+    given, constants = TensorTable(rows), np.array(k, dtype=REALS[dtype])
     library[dtype](len(rows), given.sizes, given.addresses, constants.ctypes.data, given.threads)
     for row in rows:
         increment_version(row[0])  # autograd notices changed weights only through the tensors it knows
@@ -42,4 +42,4 @@ def pace_step_c(rows: Sequence[Row], k: PaceConstants) -> None:
 @functools.cache
 def _library() -> dict[torch.dtype, Callable[..., None]] | None:
     """By type; None where there is no working compiler."""
-    return functions("pace.c", "pace", UNCONTRACTED, [ctypes.c_size_t, *[ctypes.c_void_p] * 3, ctypes.c_size_t])
+    return functions("pace.c", "pace", NO_FMA, [ctypes.c_size_t, *[ctypes.c_void_p] * 3, ctypes.c_size_t])

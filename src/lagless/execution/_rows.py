@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lagless.execution._rounding import Noise, stochastic_round_
-from lagless.rules import Snapshot, Start
+from lagless.rules import InitialWeights, SnapshotBuffer
 
 
 class RowUpdate(NamedTuple):
@@ -31,10 +31,12 @@ def buffer_dtype(label: Hashable, own: torch.dtype, wanted: torch.dtype | None) 
         own: the parameter's dtype.
         wanted: of averages; None for float32, or the parameter's own where that is wider.
     """
-    return own if isinstance(label, Start | Snapshot) else wanted or torch.promote_types(own, torch.float32)
+    return (
+        own if isinstance(label, InitialWeights | SnapshotBuffer) else wanted or torch.promote_types(own, torch.float32)
+    )
 
 
-def move(buffers: Sequence[list[Tensor]], row: RowUpdate, live: list[Tensor], noise: Noise) -> None:
+def apply_row(buffers: Sequence[list[Tensor]], row: RowUpdate, live: list[Tensor], noise: Noise) -> None:
     """Apply ``row`` in place, in float32 or wider.
 
     Args:

@@ -56,7 +56,7 @@ def export_model(
             "export_model writes whole models. An adapter is small: gather what read() gives with full_tensor() on "
             "every rank, and pass it to save_pretrained(state_dict=...) on the first."
         )
-    averages, tensors = averager.items(name), _tensors(module)
+    averages, tensors = averager.named_averages(name), _tensors(module)
     ranks = ranks_of(tensors.values())
     infos = {key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     layout = plan_layout(infos, dtype, max_shard_size)

@@ -1,8 +1,9 @@
 """Optimizers for the model you return."""
 
+from lagless._deprecated import former_names as _former_names
 from lagless.optim._averaged import AveragedOptimizer as AveragedOptimizer
 from lagless.optim._pace import PACE as PACE
-from lagless.optim._pull_statistics import Statistics as Statistics
+from lagless.optim._pull_statistics import PullStatistics as PullStatistics
 from lagless.optim._pullback import Pullback as Pullback
 from lagless.optim.bias_corrected import (
     BiasCorrectedAdamW as BiasCorrectedAdamW,
@@ -11,3 +12,5 @@ from lagless.optim.bias_corrected import (
     Correction as Correction,
     sampled_label_loss as sampled_label_loss,
 )
+
+__getattr__ = _former_names(__name__, {"Statistics": "lagless.optim:PullStatistics"})

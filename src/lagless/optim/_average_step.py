@@ -7,10 +7,20 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lagless.rules import Average, ConstantGain, Gain, HalfLifeGain, Read, Rule, Tick, Update, tail
+from lagless.rules import (
+    ConstantGain,
+    EmaBuffer,
+    Gain,
+    HalfLifeGain,
+    ReadCoefficients,
+    Rule,
+    Tick,
+    UpdateCoefficients,
+    read_between_updates,
+)
 
 
-class Motion(NamedTuple):
+class AverageStep(NamedTuple):
     """The average's part of step t.
 
     Attributes:
@@ -19,19 +29,19 @@ class Motion(NamedTuple):
         decay: d_t, by which the gain of the pull falls in the course of the run; 0 through burn-in.
     """
 
-    target: Read
-    update: Update | None
+    target: ReadCoefficients
+    update: UpdateCoefficients | None
     decay: float
 
     @property
     def weight(self) -> float | None:
         """The weight of θ_t, if the average is its single buffer; None if it is anything else."""
-        if self.target != Read((1.0,), 0.0):
+        if self.target != ReadCoefficients((1.0,), 0.0):
             return None
         return 0.0 if self.update is None else self.update.live[0]
 
 
-def motion(rule: Rule, step: int) -> Motion:
+def average_step(rule: Rule, step: int) -> AverageStep:
     """What ``rule``'s average does at ``step``.
 
     Through burn-in the buffers follow the weights, and nothing is pulled. Until the first update all of them hold the
@@ -41,14 +51,14 @@ def motion(rule: Rule, step: int) -> Motion:
         rule: the averaging rule.
         step: t ≥ 1.
     """
-    size = len(rule.labels)
-    first = Read((1.0,) + (0.0,) * (size - 1), 0.0)
+    size = len(rule.buffer_keys)
+    first = ReadCoefficients((1.0,) + (0.0,) * (size - 1), 0.0)
     if step <= rule.update_after:
-        return Motion(first, Update(((0.0,) * size,) * size, (1.0,) * size), 0.0)
+        return AverageStep(first, UpdateCoefficients(((0.0,) * size,) * size, (1.0,) * size), 0.0)
     last = last_update(rule, step - 1)
     target = rule.read(last) if last.number else first
     tick = Tick(step, last.step, last.number + 1)
-    return Motion(target, rule.update(tick) if rule.timing.updates(step) else None, pull_decay(rule, tick))
+    return AverageStep(target, rule.update(tick) if rule.timing.updates(step) else None, pull_decay(rule, tick))
 
 
 def last_update(rule: Rule, step: int) -> Tick:
@@ -58,7 +68,7 @@ def last_update(rule: Rule, step: int) -> Tick:
     return Tick(at, at - rule.update_freq if number else at, number)
 
 
-def coefficients(rule: Rule, step: int) -> Read | None:
+def coefficients(rule: Rule, step: int) -> ReadCoefficients | None:
     """How the average is read after ``step``, with the tail counted in; None before the first update."""
     last = last_update(rule, step)
     if last.number == 0:
@@ -66,22 +76,22 @@ def coefficients(rule: Rule, step: int) -> Read | None:
     if last.step == step:
         return rule.read(last)
     tick = Tick(step, last.step, last.number + 1)
-    return tail(rule.update(tick), rule.read(tick))
+    return read_between_updates(rule.update(tick), rule.read(tick))
 
 
 def pull_decay(rule: Rule, tick: Tick) -> float:
     """d_t: the gain β_t with which the average takes in an iterate, where β falls with time; 1 where it is constant.
 
-    The average that counts is the first one of ``rule.labels``, for BEMA its ema. Where β depends on the steps since
-    the last update, d_t is that of a single step: it falls smoothly while the average rests.
+    The average that counts is the first one of ``rule.buffer_keys``, for BEMA its ema. Where β depends on the steps
+    since the last update, d_t is that of a single step: it falls smoothly while the average rests.
     """
-    gain = next((label.gain for label in rule.labels if isinstance(label, Average)), None)
+    gain = next((label.gain for label in rule.buffer_keys if isinstance(label, EmaBuffer)), None)
     if gain is None or isinstance(gain, ConstantGain | HalfLifeGain):
         return 1.0
     return gain(tick._replace(previous=tick.step - 1))
 
 
-def motion_on_device(rule: Rule, steps: Tensor) -> tuple[Tensor, Tensor]:
+def average_step_on_device(rule: Rule, steps: Tensor) -> tuple[Tensor, Tensor]:
     """The weight of θ_t (0 between updates, 1 through burn-in) and d_t, as tensors: nothing waits for the device.
 
     Args:
@@ -107,8 +117,8 @@ def check_capturable(rule: Rule) -> None:
     Raises:
         ValueError: if it is none.
     """
-    labels = rule.labels
-    single = len(labels) == 1 and isinstance(labels[0], Average) and labels[0].source is None
+    labels = rule.buffer_keys
+    single = len(labels) == 1 and isinstance(labels[0], EmaBuffer) and labels[0].source is None
     if not single or isinstance(_gain(rule), HalfLifeGain):
         raise ValueError(
             f"average={rule!r} with capturable=True; inside a graph only averages of one buffer, other than by "
@@ -117,6 +127,6 @@ def check_capturable(rule: Rule) -> None:
 
 
 def _gain(rule: Rule) -> Gain:
-    label = rule.labels[0]
-    assert isinstance(label, Average)
+    label = rule.buffer_keys[0]
+    assert isinstance(label, EmaBuffer)
     return label.gain

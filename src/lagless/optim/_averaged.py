@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lagless.execution import buffer_dtype, counts, local
 from lagless.optim._average_step import coefficients
-from lagless.rules import Read, Rule, rule_from_dict, rule_to_dict
+from lagless.rules import ReadCoefficients, Rule, rule_from_dict, rule_to_dict
 
 Self = TypeVar("Self", bound="AveragedOptimizer")
 
@@ -218,7 +218,7 @@ class AveragedOptimizer(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._groups for p in group["params"]]
 
-    def _reads(self) -> Iterator[tuple[Tensor, Rule, Read | None]]:
+    def _reads(self) -> Iterator[tuple[Tensor, Rule, ReadCoefficients | None]]:
         """Every parameter, its rule, and how its average is read now; None where there is none yet."""
         rules = [(p, group["average"]) for group in self._groups for p in group["params"]]
         steps = counts([self.state[p].get(self.step_key, 0) if p in self.state else 0 for p, _ in rules])
@@ -237,7 +237,7 @@ class AveragedOptimizer(Optimizer):
 
 def average_keys(rule: Rule) -> list[str]:
     """The names of the rule's buffers in the state of a parameter."""
-    count = len(rule.labels)
+    count = len(rule.buffer_keys)
     return ["average"] if count == 1 else [f"average_{i}" for i in range(count)]
 
 
@@ -245,7 +245,7 @@ def new_buffers(rule: Rule, start: Tensor, dtype: torch.dtype | None) -> dict[st
     """The rule's buffers for one parameter, copies of ``start``; averages are stored in ``dtype``, if it is given."""
     return {
         key: start.detach().to(buffer_dtype(label, start.dtype, dtype), copy=True, memory_format=torch.preserve_format)
-        for key, label in zip(average_keys(rule), rule.labels, strict=True)
+        for key, label in zip(average_keys(rule), rule.buffer_keys, strict=True)
     }
 
 

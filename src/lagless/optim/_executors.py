@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lagless.execution import Noise, Row, RowUpdate, blocks, compiled, cut, flat, move
-from lagless.optim._average_step import Motion
-from lagless.optim._pull_statistics import Statistics
-from lagless.rules import Read, Update
+from lagless.execution import Noise, Row, RowUpdate, apply_row, blocks, compiled, cut, flat
+from lagless.optim._average_step import AverageStep
+from lagless.optim._pull_statistics import PullStatistics
+from lagless.rules import ReadCoefficients, UpdateCoefficients
 from lagless.updates import PaceConstants, pulled_adamw
 
 Columns = list[list[Tensor]]
 
 
 def step_in_blocks(
-    rows: Sequence[Row], k: PaceConstants, motion: Motion, noise: Noise, statistics: Statistics | None = None
+    rows: Sequence[Row], k: PaceConstants, motion: AverageStep, noise: Noise, statistics: PullStatistics | None = None
 ) -> None:
     """One step of the parameters in ``rows``, in cache-sized blocks; temporaries are as large as a block.
 
@@ -72,7 +72,7 @@ def pull_(
     torch._foreach_addcmul_(weights, gain, distance)
 
 
-def towards(target: Read, buffers: Columns, weights: list[Tensor]) -> list[Tensor] | None:
+def towards(target: ReadCoefficients, buffers: Columns, weights: list[Tensor]) -> list[Tensor] | None:
     """``c·b + d θ - θ``, or None where that is nothing."""
     terms = [(b, w) for b, w in zip(buffers, target.buffers, strict=True) if w != 0.0]
     if not terms:
@@ -88,13 +88,13 @@ def towards(target: Read, buffers: Columns, weights: list[Tensor]) -> list[Tenso
     return distance
 
 
-def move_average(buffers: Columns, update: Update, weights: list[Tensor], noise: Noise) -> None:
+def move_average(buffers: Columns, update: UpdateCoefficients, weights: list[Tensor], noise: Noise) -> None:
     """``b ← M b + v θ`` in place: from the last buffer to the first, each sees the others' old values."""
     for i in reversed(range(len(buffers))):
         keep, live = update.matrix[i][i], update.live[i]
         others = tuple((j, w) for j, w in enumerate(update.matrix[i]) if w != 0.0 and j != i)
         if others or live != 0.0 or keep != 1.0:
-            move(buffers, RowUpdate(i, keep, others, live), weights, noise)
+            apply_row(buffers, RowUpdate(i, keep, others, live), weights, noise)
 
 
 def widened(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lagless.execution import Noise, Row, block_size, counts, exact_dtype, fits_kernel, fits_pace_c, local, pace_step_c
-from lagless.optim._average_step import check_capturable, motion, motion_on_device
+from lagless.optim._average_step import average_step, average_step_on_device, check_capturable
 from lagless.optim._averaged import AveragedOptimizer, average_keys, new_buffers
 from lagless.optim._executors import step_in_blocks, step_in_one_kernel, step_on_device
-from lagless.optim._pull_statistics import Statistics
+from lagless.optim._pull_statistics import PullStatistics
 from lagless.optim._settings import check_average, check_between, check_dtype
 from lagless.rules import EMA, Rule
 from lagless.updates import PaceConstants, pace_constants
@@ -111,7 +111,7 @@ class PACE(AveragedOptimizer):
             "capturable": capturable,
             "evaluating": False,
         }
-        self._statistics: Statistics | None = None
+        self._statistics: PullStatistics | None = None
         super().__init__(params, settings)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -161,7 +161,7 @@ class PACE(AveragedOptimizer):
         return loss
 
     @contextmanager
-    def recording(self) -> Iterator[Statistics]:
+    def recording(self) -> Iterator[PullStatistics]:
         """Statistics of the steps inside the ``with`` block: how much is clamped, gains and norms.
 
         Recorded steps go block by block, also with ``compile`` and ``capturable``. Of a block inside another one, the
@@ -170,7 +170,7 @@ class PACE(AveragedOptimizer):
         Raises:
             RuntimeError: on a read without any step recorded.
         """
-        outer, statistics = self._statistics, Statistics()
+        outer, statistics = self._statistics, PullStatistics()
         self._statistics = statistics
         try:
             yield statistics
@@ -203,7 +203,7 @@ class PACE(AveragedOptimizer):
             kinds[step, row[0].device, tuple(t.dtype for t in row)].append(row)
         rule: Rule = group["average"]
         for index, ((step, *_), rows) in enumerate(kinds.items()):
-            moves = motion(rule, step)
+            moves = average_step(rule, step)
             pulls = moves.update is not None or not group["gate_pullback"]
             k = _constants(group, step, float(group["lr"]), moves.decay if pulls else 0.0, moves.weight or 0.0)
             if group["compile"] and moves.weight is not None and self._statistics is None:
@@ -219,7 +219,7 @@ class PACE(AveragedOptimizer):
             steps = [self.state[p]["step"] for p in same]
             torch._foreach_add_(steps, 1.0)
             t = torch.stack(steps).to(exact_dtype(steps[0].device))
-            weight, decay = motion_on_device(group["average"], t)
+            weight, decay = average_step_on_device(group["average"], t)
             pulls = torch.where(weight > 0.0, decay, 0.0) if group["gate_pullback"] else decay
             lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
             k = _constants(group, t, lr, pulls, weight)

@@ -8,7 +8,7 @@ from torch import Tensor
 from lagless.execution import exact_dtype
 
 
-class Statistics:
+class PullStatistics:
     """Gains and norms of the steps that were recorded, over the parameters that moved, on this rank.
 
     Nothing waits for the device before :meth:`read`.

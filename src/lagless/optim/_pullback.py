@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lagless.execution import Noise, Row, blocks, counts, local
-from lagless.optim._average_step import Motion, motion
+from lagless.optim._average_step import AverageStep, average_step
 from lagless.optim._averaged import AveragedOptimizer, average_keys, new_buffers
 from lagless.optim._denominators import Denominator, denominator_of, is_plain
 from lagless.optim._executors import move_average, pull_, towards, widened
@@ -166,7 +166,7 @@ class Pullback(AveragedOptimizer):
             row = (local(parameter), local(start), *(local(state[name]) for name in names))
             kinds[state[self.step_key], base_step, row[0].device, tuple(t.dtype for t in row)].append(row)
         for index, ((step, base_step, _, _), rows) in enumerate(kinds.items()):
-            moves, noise = motion(rule, step), Noise(index, step)
+            moves, noise = average_step(rule, step), Noise(index, step)
             for block in blocks(rows):
                 _pull_block(block, group, denominator, base_step, moves, noise)
 
@@ -192,7 +192,7 @@ def _pull_block(
     group: dict[str, Any],
     denominator: Denominator | None,
     base_step: int,
-    moves: Motion,
+    moves: AverageStep,
     noise: Noise,
 ) -> None:
     theta, before, *rest = block

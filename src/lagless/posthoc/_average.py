@@ -18,9 +18,9 @@ from lagless.checkpoints import (
     StrPath,
     Trajectory,
     check_destination,
-    companions,
     find_checkpoints,
     plan_layout,
+    sidecar_files,
 )
 from lagless.execution import Ranks
 from lagless.posthoc._weighted_sums import Accumulate, Progress, stream_product
@@ -178,7 +178,7 @@ def average_checkpoints(
 def _companions_folder(trajectory: Trajectory) -> Path:
     """Where configuration and tokenizer are: beside the last weights or, as these may be bare shards, beside θ_0's."""
     folders = [trajectory.checkpoints[-1].folder, trajectory.checkpoints[0].folder]
-    return next((folder for folder in folders if companions(folder)), folders[0])
+    return next((folder for folder in folders if sidecar_files(folder)), folders[0])
 
 
 def inspect_run(

@@ -1,5 +1,6 @@
 """Averaging rules: frozen hyperparameters that know the coefficients of a linear filter and nothing else."""
 
+from lagless._deprecated import former_names as _former_names
 from lagless.rules._bias_corrected import BEMA as BEMA, OUEMA as OUEMA
 from lagless.rules._exponential import DEMA as DEMA, EMA as EMA
 from lagless.rules._filter import (
@@ -11,11 +12,11 @@ from lagless.rules._filter import (
     count_updates as count_updates,
     effective_iterates as effective_iterates,
     mean_age as mean_age,
+    read_between_updates as read_between_updates,
     require_updates as require_updates,
     run_anchor as run_anchor,
     run_note as run_note,
     start_note as start_note,
-    tail as tail,
     ticks as ticks,
     trajectory_weights as trajectory_weights,
     weight_on_start as weight_on_start,
@@ -24,23 +25,41 @@ from lagless.rules._gains import (
     ConstantGain as ConstantGain,
     Gain as Gain,
     HalfLifeGain as HalfLifeGain,
+    PowerGain as PowerGain,
+    PowerSchedule as PowerSchedule,
+    ProfileGain as ProfileGain,
     Tick as Tick,
-    Timing as Timing,
+    UniformGain as UniformGain,
+    UpdateSchedule as UpdateSchedule,
 )
 from lagless.rules._named import named_rules as named_rules
 from lagless.rules._reconstruction import Reconstruction as Reconstruction, reconstruct as reconstruct
 from lagless.rules._registry import RULES as RULES, rule_from_dict as rule_from_dict, rule_to_dict as rule_to_dict
 from lagless.rules._rule import (
-    Average as Average,
-    Read as Read,
+    EmaBuffer as EmaBuffer,
+    InitialWeights as InitialWeights,
+    ReadCoefficients as ReadCoefficients,
     Rule as Rule,
-    Snapshot as Snapshot,
-    Start as Start,
-    Update as Update,
+    SnapshotBuffer as SnapshotBuffer,
+    UpdateCoefficients as UpdateCoefficients,
 )
 from lagless.rules._settings import rules_from_settings as rules_from_settings
 from lagless.rules._windows import (
     PowerEMA as PowerEMA,
     UniformAverage as UniformAverage,
     WindowAverage as WindowAverage,
+)
+
+__getattr__ = _former_names(
+    __name__,
+    {
+        "Average": "lagless.rules:EmaBuffer",
+        "PowerClock": "lagless.rules:PowerSchedule",
+        "Read": "lagless.rules:ReadCoefficients",
+        "Snapshot": "lagless.rules:SnapshotBuffer",
+        "Start": "lagless.rules:InitialWeights",
+        "Timing": "lagless.rules:UpdateSchedule",
+        "Update": "lagless.rules:UpdateCoefficients",
+        "tail": "lagless.rules:read_between_updates",
+    },
 )

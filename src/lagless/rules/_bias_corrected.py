@@ -7,9 +7,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from lagless._validation import check_choice, check_number
-from lagless.rules._gains import FORMS, Form, Tick, Timing
+from lagless.rules._gains import FORMS, Form, Tick, UpdateSchedule
 from lagless.rules._power import check_power, power_clock, power_gain
-from lagless.rules._rule import Average, Read, Rule, Start, Update
+from lagless.rules._rule import EmaBuffer, InitialWeights, ReadCoefficients, Rule, UpdateCoefficients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,22 +79,22 @@ class BEMA(Rule):
             )
 
     @property
-    def timing(self) -> Timing:
-        return Timing(self.update_after, self.update_freq, hold=self.form == "trl")
+    def timing(self) -> UpdateSchedule:
+        return UpdateSchedule(self.update_after, self.update_freq, hold=self.form == "trl")
 
     @property
-    def labels(self) -> tuple[Hashable, ...]:
+    def buffer_keys(self) -> tuple[Hashable, ...]:
         # What happens before the end of burn-in leaves no trace in the buffers, so neither does hold.
-        timing = Timing(self.update_after, self.update_freq)
-        return Start(self.update_after), Average(power_gain(self, self.form), timing)
+        timing = UpdateSchedule(self.update_after, self.update_freq)
+        return InitialWeights(self.update_after), EmaBuffer(power_gain(self, self.form), timing)
 
-    def update(self, tick: Tick) -> Update:
+    def update(self, tick: Tick) -> UpdateCoefficients:
         beta = power_gain(self, self.form)(tick)
-        return Update(((1.0, 0.0), (0.0, 1.0 - beta)), (0.0, beta))
+        return UpdateCoefficients(((1.0, 0.0), (0.0, 1.0 - beta)), (0.0, beta))
 
-    def read(self, tick: Tick) -> Read:
+    def read(self, tick: Tick) -> ReadCoefficients:
         alpha = power_clock(self, self.form).alpha(tick.step, self.bias_power)
-        return Read((-alpha, 1.0), alpha)
+        return ReadCoefficients((-alpha, 1.0), alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,14 +142,14 @@ class OUEMA(Rule):
         return 0.0 if math.isinf(self.bias_power) else (1.0 + self.multiplier * step) ** -self.bias_power
 
     @property
-    def labels(self) -> tuple[Hashable, ...]:
+    def buffer_keys(self) -> tuple[Hashable, ...]:
         source = None if math.isinf(self.bias_power) else ("debiased", self.multiplier, self.bias_power)
-        return Start(self.update_after), Average(power_gain(self), self.timing, source)
+        return InitialWeights(self.update_after), EmaBuffer(power_gain(self), self.timing, source)
 
-    def update(self, tick: Tick) -> Update:
+    def update(self, tick: Tick) -> UpdateCoefficients:
         beta, memory = power_gain(self)(tick), self._memory(tick.step)
         live = beta / (1.0 - memory)
-        return Update(((1.0, 0.0), (-live * memory, 1.0 - beta)), (0.0, live))
+        return UpdateCoefficients(((1.0, 0.0), (-live * memory, 1.0 - beta)), (0.0, live))
 
-    def read(self, tick: Tick) -> Read:
-        return Read((0.0, 1.0), 0.0)
+    def read(self, tick: Tick) -> ReadCoefficients:
+        return ReadCoefficients((0.0, 1.0), 0.0)

@@ -10,7 +10,7 @@ from typing import Literal
 from lagless._validation import check_choice, check_number
 from lagless.rules._gains import ConstantGain, Gain, HalfLifeGain, ProfileGain, Tick
 from lagless.rules._power import POWER_ARGUMENTS, check_power, power_gain
-from lagless.rules._rule import Average, Read, Rule, Update, lerp
+from lagless.rules._rule import EmaBuffer, ReadCoefficients, Rule, UpdateCoefficients, lerp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +95,14 @@ class EMA(Rule):
         return power_gain(self, self.form)
 
     @property
-    def labels(self) -> tuple[Hashable, ...]:
-        return (Average(self.gain, self.timing),)
+    def buffer_keys(self) -> tuple[Hashable, ...]:
+        return (EmaBuffer(self.gain, self.timing),)
 
-    def update(self, tick: Tick) -> Update:
+    def update(self, tick: Tick) -> UpdateCoefficients:
         return lerp(self.gain(tick))
 
-    def read(self, tick: Tick) -> Read:
-        return Read((1.0,), 0.0)
+    def read(self, tick: Tick) -> ReadCoefficients:
+        return ReadCoefficients((1.0,), 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,13 +140,13 @@ class DEMA(Rule):
         check_power(self)
 
     @property
-    def labels(self) -> tuple[Hashable, ...]:
-        first = Average(power_gain(self), self.timing)
+    def buffer_keys(self) -> tuple[Hashable, ...]:
+        first = EmaBuffer(power_gain(self), self.timing)
         return first, first._replace(source=first)
 
-    def update(self, tick: Tick) -> Update:
+    def update(self, tick: Tick) -> UpdateCoefficients:
         beta = power_gain(self)(tick)
-        return Update(((1.0 - beta, 0.0), (beta * (1.0 - beta), 1.0 - beta)), (beta, beta * beta))
+        return UpdateCoefficients(((1.0 - beta, 0.0), (beta * (1.0 - beta), 1.0 - beta)), (beta, beta * beta))
 
-    def read(self, tick: Tick) -> Read:
-        return Read((2.0, -1.0), 0.0)
+    def read(self, tick: Tick) -> ReadCoefficients:
+        return ReadCoefficients((2.0, -1.0), 0.0)

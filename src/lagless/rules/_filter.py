@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lagless.rules._gains import Tick
-from lagless.rules._rule import Read, Rule, Start, Update
+from lagless.rules._rule import InitialWeights, ReadCoefficients, Rule, UpdateCoefficients
 
 FloatArray = NDArray[np.float64]
 
@@ -68,13 +68,13 @@ def require_updates(rule: Rule, total_steps: int, after: int = 0) -> None:
         )
 
 
-def tail(update: Update, read: Read) -> Read:
+def read_between_updates(update: UpdateCoefficients, read: ReadCoefficients) -> ReadCoefficients:
     """The read coefficients of ``read`` after one more ``update``, in terms of the buffers before it: c ← cM, d ← d +
     c·v.
     """
     size = range(len(read.buffers))
     buffers = tuple(sum(read.buffers[i] * update.matrix[i][j] for i in size) for j in size)
-    return Read(buffers, read.live + sum(read.buffers[i] * update.live[i] for i in size))
+    return ReadCoefficients(buffers, read.live + sum(read.buffers[i] * update.live[i] for i in size))
 
 
 def trajectory_weights(rule: Rule, steps: ArrayLike, at: int | None = None) -> FloatArray:
@@ -129,7 +129,7 @@ def trajectory_weights(rule: Rule, steps: ArrayLike, at: int | None = None) -> F
     coefficients = rule.read(updates[-1])
     weights[end] = coefficients.live
     for tick in reversed(updates):
-        before = tail(rule.update(tick), Read(coefficients.buffers, 0.0))
+        before = read_between_updates(rule.update(tick), ReadCoefficients(coefficients.buffers, 0.0))
         weights[index[tick.step]] += before.live
         coefficients = before
     weights[_origin(rule, past)] += sum(coefficients.buffers)
@@ -219,11 +219,13 @@ def run_anchor(rule: Rule, total_steps: int, start: int = 0, precision: float = 
         step = rule.update_after + (passed + k) * freq
         return Tick(step, begin if k == 1 else step - freq, k)
 
-    kept = [isinstance(label, Start) for label in rule.labels]
+    kept = [isinstance(label, InitialWeights) for label in rule.buffer_keys]
     newest = tick(number) if last == total_steps else end
     coefficients = rule.read(newest).buffers
     for k in range(newest.number, 0, -1):
-        coefficients = tail(rule.update(end if k > number else tick(k)), Read(coefficients, 0.0)).buffers
+        coefficients = read_between_updates(
+            rule.update(end if k > number else tick(k)), ReadCoefficients(coefficients, 0.0)
+        ).buffers
         if sum(abs(c) for c, is_start in zip(coefficients, kept, strict=True) if not is_start) < precision:
             break
     return Anchor(begin, sum(coefficients))
@@ -284,7 +286,7 @@ def check_steps(steps: ArrayLike) -> list[int]:
 def run_note(rule: Rule, total_steps: int, start: int = 0) -> str | None:
     """:func:`start_note` of a run that sees every step from ``start`` to ``total_steps``."""
     # Without θ_0 in a buffer, weights are spread once they leave the newest updates, and a rough sum is enough.
-    exact = any(isinstance(label, Start) for label in rule.labels)
+    exact = any(isinstance(label, InitialWeights) for label in rule.buffer_keys)
     found = run_anchor(rule, total_steps, start, precision=1e-4 if exact else LARGEST_START / 2)
     return start_note(rule, found, total_steps)
 

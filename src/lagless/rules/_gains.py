@@ -30,7 +30,7 @@ class Tick(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Timing:
+class UpdateSchedule:
     """When buffers follow the live weights, when they are updated, when they rest.
 
     Attributes:
@@ -61,7 +61,7 @@ class Gain(Protocol):
 
 
 @dataclass(frozen=True)
-class PowerClock:
+class PowerSchedule:
     """The base whose powers are β (exponent κ) and α (exponent η); the published forms differ in it.
 
     ========== ============================== =======================
@@ -102,7 +102,7 @@ class PowerClock:
 class PowerGain:
     """β_t = max((ρ + γt)^-κ, floor): the gain of Algorithm 1."""
 
-    clock: PowerClock
+    clock: PowerSchedule
     power: float
     floor: float
 

@@ -6,7 +6,7 @@ import math
 from typing import Protocol
 
 from lagless._validation import check_number
-from lagless.rules._gains import Form, PowerClock, PowerGain, Tick
+from lagless.rules._gains import Form, PowerGain, PowerSchedule, Tick
 
 POWER_ARGUMENTS: tuple[str, ...] = ("ema_power", "multiplier", "lag", "min_ema_multiplier", "form")
 
@@ -45,10 +45,10 @@ class PowerRule(Protocol):
         ...
 
 
-def power_clock(rule: PowerRule, form: Form = "algorithm_1") -> PowerClock:
+def power_clock(rule: PowerRule, form: Form = "algorithm_1") -> PowerSchedule:
     """The clock whose powers are β and α."""
     form = "algorithm_1" if form == "trl" else form  # they differ before the end of burn-in only
-    return PowerClock(rule.multiplier, rule.lag, rule.update_after, form)
+    return PowerSchedule(rule.multiplier, rule.lag, rule.update_after, form)
 
 
 def power_gain(rule: PowerRule, form: Form = "algorithm_1") -> PowerGain:

@@ -14,52 +14,52 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 from lagless._validation import check_integer
-from lagless.rules._gains import Gain, Tick, Timing
+from lagless.rules._gains import Gain, Tick, UpdateSchedule
 
 Row = tuple[float, ...]
 
 
-class Update(NamedTuple):
+class UpdateCoefficients(NamedTuple):
     """``b ← M b + v θ_t``: ``matrix`` is M (r rows of r numbers), ``live`` is v (r numbers)."""
 
     matrix: tuple[Row, ...]
     live: Row
 
 
-class Read(NamedTuple):
+class ReadCoefficients(NamedTuple):
     """``μ̂ = c·b + d θ_t``: ``buffers`` is c (r numbers), ``live`` is d."""
 
     buffers: Row
     live: float
 
 
-class Start(NamedTuple):
+class InitialWeights(NamedTuple):
     """Label of a buffer that holds θ_0, as it is at the end of burn-in."""
 
     update_after: int
 
 
-class Average(NamedTuple):
+class EmaBuffer(NamedTuple):
     """Label of a buffer that holds the EMA of ``source`` (None: of the iterates) with the given gain and timing."""
 
     gain: Gain
-    timing: Timing
+    timing: UpdateSchedule
     source: Hashable = None
 
 
-class Snapshot(NamedTuple):
+class SnapshotBuffer(NamedTuple):
     """Label of a buffer that holds one of the last ``window`` iterates."""
 
     slot: int
     window: int
-    timing: Timing
+    timing: UpdateSchedule
 
 
 class Rule(ABC):
     """What every averaging rule is: hyperparameters, buffers, coefficients.
 
-    To write a rule of your own, subclass with a frozen dataclass and give ``labels``, ``update`` and ``read``; then run
-    ``lagless.testing.check_rule`` on it.
+    To write a rule of your own, subclass with a frozen dataclass and give ``buffer_keys``, ``update`` and ``read``;
+    then run ``lagless.testing.check_rule`` on it.
 
     Attributes:
         update_after: τ, burn-in in optimizer steps, ≥ 0.
@@ -74,24 +74,24 @@ class Rule(ABC):
         check_integer(self, "update_freq", minimum=1)
 
     @property
-    def timing(self) -> Timing:
+    def timing(self) -> UpdateSchedule:
         """When this rule follows, updates and rests."""
-        return Timing(self.update_after, self.update_freq)
+        return UpdateSchedule(self.update_after, self.update_freq)
 
     @property
     @abstractmethod
-    def labels(self) -> tuple[Hashable, ...]:
+    def buffer_keys(self) -> tuple[Hashable, ...]:
         """One label per buffer; buffers of different rules with equal labels have equal contents and are shared."""
 
     @abstractmethod
-    def update(self, tick: Tick) -> Update:
+    def update(self, tick: Tick) -> UpdateCoefficients:
         """The coefficients M and v of the update ``tick``."""
 
     @abstractmethod
-    def read(self, tick: Tick) -> Read:
+    def read(self, tick: Tick) -> ReadCoefficients:
         """The coefficients c and d of a read right after the update ``tick``."""
 
 
-def lerp(beta: float) -> Update:
+def lerp(beta: float) -> UpdateCoefficients:
     """The update of a single buffer towards the iterate: (1 - β) b + β θ."""
-    return Update(((1.0 - beta,),), (beta,))
+    return UpdateCoefficients(((1.0 - beta,),), (beta,))

@@ -10,7 +10,7 @@ import numpy as np
 
 from lagless._validation import check_integer, check_number
 from lagless.rules._gains import Gain, ProfileGain, Tick, UniformGain
-from lagless.rules._rule import Average, Read, Rule, Snapshot, Update, lerp
+from lagless.rules._rule import EmaBuffer, ReadCoefficients, Rule, SnapshotBuffer, UpdateCoefficients, lerp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +36,14 @@ class UniformAverage(Rule):
     update_freq: int = 1
 
     @property
-    def labels(self) -> tuple[Hashable, ...]:
-        return (Average(UniformGain(), self.timing),)
+    def buffer_keys(self) -> tuple[Hashable, ...]:
+        return (EmaBuffer(UniformGain(), self.timing),)
 
-    def update(self, tick: Tick) -> Update:
+    def update(self, tick: Tick) -> UpdateCoefficients:
         return lerp(UniformGain()(tick))
 
-    def read(self, tick: Tick) -> Read:
-        return Read((1.0,), 0.0)
+    def read(self, tick: Tick) -> ReadCoefficients:
+        return ReadCoefficients((1.0,), 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +87,18 @@ class PowerEMA(Rule):
         return _profile_exponent(self.relative_width)
 
     @property
-    def labels(self) -> tuple[Hashable, ...]:
-        return (Average(self._gain, self.timing),)
+    def buffer_keys(self) -> tuple[Hashable, ...]:
+        return (EmaBuffer(self._gain, self.timing),)
 
     @property
     def _gain(self) -> Gain:
         return ProfileGain(self.exponent + 1.0, self.update_after)
 
-    def update(self, tick: Tick) -> Update:
+    def update(self, tick: Tick) -> UpdateCoefficients:
         return lerp(self._gain(tick))
 
-    def read(self, tick: Tick) -> Read:
-        return Read((1.0,), 0.0)
+    def read(self, tick: Tick) -> ReadCoefficients:
+        return ReadCoefficients((1.0,), 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,17 +129,17 @@ class WindowAverage(Rule):
         check_integer(self, "window", minimum=1)
 
     @property
-    def labels(self) -> tuple[Hashable, ...]:
-        return tuple(Snapshot(slot, self.window, self.timing) for slot in range(self.window))
+    def buffer_keys(self) -> tuple[Hashable, ...]:
+        return tuple(SnapshotBuffer(slot, self.window, self.timing) for slot in range(self.window))
 
-    def update(self, tick: Tick) -> Update:
+    def update(self, tick: Tick) -> UpdateCoefficients:
         newest = (tick.number - 1) % self.window
         keep = tuple(tuple(float(i == j and i != newest) for j in range(self.window)) for i in range(self.window))
-        return Update(keep, tuple(float(i == newest) for i in range(self.window)))
+        return UpdateCoefficients(keep, tuple(float(i == newest) for i in range(self.window)))
 
-    def read(self, tick: Tick) -> Read:
+    def read(self, tick: Tick) -> ReadCoefficients:
         filled = min(tick.number, self.window)
-        return Read(tuple(1.0 / filled if slot < filled else 0.0 for slot in range(self.window)), 0.0)
+        return ReadCoefficients(tuple(1.0 / filled if slot < filled else 0.0 for slot in range(self.window)), 0.0)
 
 
 @cache

@@ -31,7 +31,7 @@ def coefficients_are_affine(rule: Rule) -> None:
     """Every update keeps constants (rows of [M v] sum to 1, M lower triangular) and every read does (c·1 + d = 1)."""
     for tick in ticks(rule, _steps(rule)):
         update, read = rule.update(tick), rule.read(tick)
-        matrix, size = np.array(update.matrix), len(rule.labels)
+        matrix, size = np.array(update.matrix), len(rule.buffer_keys)
         assert matrix.shape == (size, size) and len(update.live) == len(read.buffers) == size, "one row per label"
         assert np.allclose(matrix.sum(axis=1) + np.array(update.live), 1.0, rtol=0, atol=1e-12), f"[M v]1 = 1 at {tick}"
         assert np.array_equal(matrix, np.tril(matrix)), f"M is lower triangular at {tick}"
@@ -47,9 +47,9 @@ def weights_sum_to_one(rule: Rule) -> None:
 
 def labels_identify_contents(rule: Rule) -> None:
     """Labels are hashable, distinct within the rule, and equal for an equal rule."""
-    labels = rule.labels
+    labels = rule.buffer_keys
     assert len(set(labels)) == len(labels), "labels are distinct"
-    assert copy.deepcopy(rule).labels == labels, "an equal rule has equal labels"
+    assert copy.deepcopy(rule).buffer_keys == labels, "an equal rule has equal labels"
 
 
 def rule_is_a_value(rule: Rule) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from lagless._validation import check_integer, check_number, require_integer
-from lagless.rules import EMA, FloatArray, Rule, Timing, trajectory_weights
+from lagless.rules import EMA, FloatArray, Rule, UpdateSchedule, trajectory_weights
 from lagless.theory._discrete import QuadraticSGD
 from lagless.theory._risk import Risk
 from lagless.theory._rule_grid import default_rules
@@ -93,7 +93,7 @@ class Setting:
     Attributes:
         name: the call that makes the rule, or ``"live"``.
         rule: None for the live weights.
-        copies: how many copies of the parameters the rule keeps; see :meth:`~lagless.Rule.labels`.
+        copies: how many copies of the parameters the rule keeps; see :meth:`~lagless.Rule.buffer_keys`.
         loss: mean over directions of ½a(μ̂ - μ*)², in expectation.
         distance: mean over directions of (μ̂ - μ*)², in expectation.
     """
@@ -211,7 +211,7 @@ def choose(
         weights = np.stack([trajectory_weights(rule, steps) for _, rule in group])
         loss, distance = (_risks(processes[m], weights, steps) for m in MEASURES)
         found += [
-            Setting(name, rule, len(rule.labels), *risks)
+            Setting(name, rule, len(rule.buffer_keys), *risks)
             for (name, rule), *risks in zip(group, loss, distance, strict=True)
         ]
     ordered = sorted(found, key=lambda setting: float(getattr(setting, measure).total))
@@ -254,7 +254,7 @@ def risk_curve(problem: AveragingProblem, rule: Rule | None, at: Iterable[int], 
     return Risk(squared, variance)
 
 
-def update_steps(timing: Timing, last: int) -> list[int]:
+def update_steps(timing: UpdateSchedule, last: int) -> list[int]:
     """The steps whose iterates an average at step ``last`` can contain: 0, the end of burn-in, updates, the last."""
     updates = range(timing.update_after + timing.update_freq, last + 1, timing.update_freq)
     return sorted({0, min(timing.update_after, last), *updates, last})
@@ -266,7 +266,7 @@ def _risks(process: QuadraticSGD, weights: FloatArray, steps: list[int]) -> list
     return [Risk(float(squared), float(variance)) for squared, variance in pairs]
 
 
-def _order(timing: Timing) -> tuple[int, int, bool]:
+def _order(timing: UpdateSchedule) -> tuple[int, int, bool]:
     return timing.update_after, timing.update_freq, timing.hold
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lagless.rules import FloatArray, Rule, Tick, Timing
+from lagless.rules import FloatArray, Rule, Tick, UpdateSchedule
 from lagless.theory._run import moves, read_steps
 
 
@@ -114,9 +114,9 @@ def risks_from_moments(
     Rules with the same timing and number of buffers go through as one array; rules with equal labels share their
     moments.
     """
-    groups: dict[tuple[Timing, int], dict[str, Rule]] = {}
+    groups: dict[tuple[UpdateSchedule, int], dict[str, Rule]] = {}
     for name, rule in rules.items():
-        groups.setdefault((rule.timing, len(rule.labels)), {})[name] = rule
+        groups.setdefault((rule.timing, len(rule.buffer_keys)), {})[name] = rule
     where = read_steps(steps, at)
     found: dict[str, Risk] = {}
     for group in groups.values():
@@ -132,9 +132,9 @@ def _group_moments(
 ) -> tuple[FloatArray, FloatArray]:
     """bias² and variance, each of shape (rules, len(at)), of rules that agree in timing and number of buffers."""
     distinct: dict[Hashable, int] = {}
-    member = [distinct.setdefault(rule.labels, len(distinct)) for rule in rules]
+    member = [distinct.setdefault(rule.buffer_keys, len(distinct)) for rule in rules]
     heads = [rules[member.index(i)] for i in range(len(distinct))]
-    state = _Moments(chain, len(heads), len(rules[0].labels))
+    state = _Moments(chain, len(heads), len(rules[0].buffer_keys))
     column = {step: [i for i, other in enumerate(at) if other == step] for step in at}
     squared, variance = np.empty((len(rules), len(at))), np.empty((len(rules), len(at)))
 
@@ -204,7 +204,7 @@ class _Moments:
 
 def _stack_updates(rules: Sequence[Rule], tick: Tick) -> FloatArray:
     """[M v] of every rule, shape (u, r, r+1)."""
-    size = len(rules[0].labels)
+    size = len(rules[0].buffer_keys)
     numbers: list[float] = []
     for rule in rules:
         matrix, live = rule.update(tick)

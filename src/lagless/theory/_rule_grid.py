@@ -42,7 +42,7 @@ def default_rules(steps: int, *, update_freq: int | None = None, copies: int = 1
     require_integer("update_freq", freq, minimum=1)
     if freq > steps:
         raise ValueError(f"update_freq={freq} gives no update in {steps} steps; choose at most {steps}.")
-    return {call(rule): rule for rule in _rules(steps, freq) if len(rule.labels) <= copies}
+    return {call(rule): rule for rule in _rules(steps, freq) if len(rule.buffer_keys) <= copies}
 
 
 def _rules(steps: int, freq: int) -> Iterator[Rule]:

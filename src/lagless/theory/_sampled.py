@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from lagless.rules import FloatArray, Read, Rule, tail
+from lagless.rules import FloatArray, ReadCoefficients, Rule, read_between_updates
 from lagless.theory._estimators import Estimator
 from lagless.theory._gauss_markov import Steps
 from lagless.theory._process import OrnsteinUhlenbeck
@@ -98,7 +98,7 @@ def sampled_risks(
     where = read_steps(iterates, at)
     runs: dict[Hashable, _Run] = {}
     for name, rule in rules.items():
-        run = runs.setdefault((rule.timing, rule.labels), _Run(rule, moves(rule, iterates, where)))
+        run = runs.setdefault((rule.timing, rule.buffer_keys), _Run(rule, moves(rule, iterates, where)))
         run.members[name] = rule
     times = source.step_time(dt) * (np.array(iterates) - iterates[0])
     mu = torch.as_tensor(source.mu, dtype=dtype, device=device)
@@ -190,7 +190,7 @@ class _Run:
     def step(self, index: int, theta: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Take iterate ``index``; yields the averages to be read there."""
         if index == 0:
-            self.buffers = [theta.clone() for _ in self.head.labels]
+            self.buffers = [theta.clone() for _ in self.head.buffer_keys]
         move = self.next
         if move is None or move.position != index:
             return
@@ -217,9 +217,9 @@ class _Run:
 
     def _read(self, rule: Rule, move: Move, theta: torch.Tensor) -> torch.Tensor:
         assert move.tick is not None
-        read: Read = rule.read(move.tick)
+        read: ReadCoefficients = rule.read(move.tick)
         if not move.keep:
-            read = tail(rule.update(move.tick), read)
+            read = read_between_updates(rule.update(move.tick), read)
         average = theta * read.live
         for buffer, coefficient in zip(self.buffers, read.buffers, strict=True):
             if coefficient != 0.0:

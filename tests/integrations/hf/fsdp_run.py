@@ -81,7 +81,7 @@ def main(folder):
         assert trainer.args.world_size == 2 and callback.averager.sharded and callback.averager.step == 8
         assert any("_checkpoint_wrapped_module" in name for name in names) == (kind is Checkpointed)
         for name, rule in RULES.items():
-            read = whole(callback.averager.items(name))
+            read = whole(callback.averager.named_averages(name))
             hf.close(read, recorder.average(rule))
             if trainer.args.process_index == 0:
                 torch.save(read, Path(folder, f"{kind.__name__}-whole-{name}.pt"))

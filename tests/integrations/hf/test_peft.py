@@ -146,8 +146,8 @@ def test_a_merged_average_is_of_the_weights_as_they_are(hf, tmp_path):
         recorder.iterates.append(hf.weights(model))
     read = averager.read()
     hf.close(products(read), average_of_products(recorder, rule))
-    assert hf.same(dict(averager.items()), read) and read.keys() == recorder.iterates[0].keys()
-    averager.put()
+    assert hf.same(dict(averager.named_averages()), read) and read.keys() == recorder.iterates[0].keys()
+    averager.copy_to_model()
     hf.close(hf.weights(model), read)
 
 

@@ -420,7 +420,7 @@ def test_an_average_that_is_in_the_model_is_evaluated_by_hand(hf, tmp_path):
     trainer.train()
     average = trainer.evaluate()["eval_ema_loss"]
     with callback.averager.applied():
-        assert callback.averager.in_model == "ema"
+        assert callback.averager.applied_name == "ema"
         metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(average) and "eval_ema_loss" not in metrics
-    assert callback.averager.in_model is None
+    assert callback.averager.applied_name is None

@@ -140,7 +140,7 @@ class AveragingCallback(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate the averages as the live model has just been, and add their metrics to its own."""
-        if self.averager is None or self.averager.in_model or not self._evaluated(self.averager):
+        if self.averager is None or self.averager.applied_name or not self._evaluated(self.averager):
             return
         trainer, arguments = calling_trainer(self, "eval_dataset", "ignore_keys", "metric_key_prefix")
         if state.global_step:
@@ -185,7 +185,7 @@ class AveragingCallback(TrainerCallback):
         self._export(trainer, self.averager, _run_folder(args))
         followed = self._followed(trainer, self.averager)
         if best is not None and followed:
-            self.averager.put(followed)
+            self.averager.copy_to_model(followed)
             self.averager = None
         if never:
             raise RuntimeError(

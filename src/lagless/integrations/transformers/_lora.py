@@ -89,15 +89,17 @@ class MergedLoraAverager(Averager):
                     for factor, bits in live:
                         factor.copy_(bits)
 
-    def put(self, name: str | None = None) -> None:
+    def copy_to_model(self, name: str | None = None) -> None:
         """Make the nearest A and B of the average the model's for good."""
         self._multiply()
-        super().put(name)
+        super().copy_to_model(name)
         self._factorize()
 
-    def items(self, name: str | None = None, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def named_averages(
+        self, name: str | None = None, *, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """The averaged weights one by one, A and B in place of their product."""
-        averages = super().items(name)
+        averages = super().named_averages(name)
         self._multiply()
         return ((key, value if dtype is None else value.to(dtype)) for key, value in self._apart(averages))
 

@@ -12,10 +12,10 @@ from lagless.lab.data._rows import SEPARATOR, read_rows
 if TYPE_CHECKING:
     from lagless.lab.recipes._data import Source
 
-Rows = Dataset | IterableDataset
+TensorTable = Dataset | IterableDataset
 
 
-def split_rows(source: Source, *, streaming: bool = False) -> tuple[Rows, Rows]:
+def split_rows(source: Source, *, streaming: bool = False) -> tuple[TensorTable, TensorTable]:
     """Training rows and held-out rows.
 
     Where the source names no held-out examples, each row, or each group of rows that agree in ``group_column``, is held
@@ -52,7 +52,7 @@ def split_rows(source: Source, *, streaming: bool = False) -> tuple[Rows, Rows]:
     return train, validation
 
 
-def require_columns(rows: Rows, columns: list[str], path: str, field: str) -> None:
+def require_columns(rows: TensorTable, columns: list[str], path: str, field: str) -> None:
     """Refuse rows without the columns that ``field`` names."""
     present = rows.column_names or list(next(iter(rows), {}))
     if missing := [name for name in columns if name not in present]:

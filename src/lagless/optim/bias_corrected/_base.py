@@ -107,7 +107,7 @@ class BiasCorrected(Optimizer):
         super().zero_grad(set_to_none)
         self._forget(stepped=False)
 
-    def weigh_microbatch(self, weight: float) -> None:
+    def set_microbatch_weight(self, weight: float) -> None:
         """Say what the next microbatch weighs in the sum of gradients; call it before each ``backward()`` or none.
 
         Its loss is then ``weight`` times a mean over the microbatch, up to a factor that all have in common, and the
@@ -149,7 +149,7 @@ class BiasCorrected(Optimizer):
                 return
             if arguments.get("num_items_in_batch") is not None:
                 tokens = (labels[..., 1:] if shifted else labels).ne(-100).sum()
-                optimizer.weigh_microbatch(optimizer._over_shards(tokens))
+                optimizer.set_microbatch_weight(optimizer._over_shards(tokens))
 
         return model.register_forward_pre_hook(weigh, with_kwargs=True)
 
