@@ -388,7 +388,7 @@ def test_a_label_that_says_too_little_is_caught():
         gain: float
         update_after: int = 0
         update_freq: int = 1
-        labels = ("mine",)
+        buffer_keys = ("mine",)
 
         def update(self, tick):
             return UpdateCoefficients(((1.0 - self.gain,),), (self.gain,))
