@@ -43,14 +43,14 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
 
 
 def evenly_spaced_windows(tokens: np.ndarray, count: int, length: int) -> np.ndarray:
-    """Return ``count`` windows of ``length + 1`` tokens whose starts are evenly spaced, not overlapping.
+    """Return ``count`` windows of ``length + 1`` tokens, evenly spaced, apart from title and end and from each other.
 
     Raises:
         ValueError: if the document is too short for them.
     """
     if tokens.size < count * (length + 1):
         raise ValueError(f"a document of {tokens.size} tokens has no {count} windows of {length + 1}; leave it out.")
-    starts = np.linspace(0, tokens.size - length - 1, count).astype(int)
+    starts = ((np.arange(count) + 0.5) / count * (tokens.size - length - 1)).astype(int)
     return np.stack([tokens[start : start + length + 1] for start in starts])
 
 

@@ -2,7 +2,8 @@
 
     python -m experiments.studies.paper_clock run --data DATA --work WORK
 
-trains what is missing, run by run. It may be stopped at any moment, which costs the run in progress.
+trains what is missing and evaluates its averages, run by run. It may be stopped at any moment, which costs the run in
+progress, and goes on where it was.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from experiments.shared.cells import array_once, load, store, store_array
+from experiments.shared.averages import Average, endpoints, power_rules, scale_free_rules
+from experiments.shared.cells import array_once, load, once, store, store_array
 from experiments.shared.environment import environment
+from experiments.shared.evaluation import Evaluator
 from experiments.shared.text import HeldOut, held_out, read_documents, tokens_of
 from experiments.shared.training import Setting, load_model, train
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -25,13 +29,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 NAME = "paper_clock"
 RATES, FINALS, BATCHES, SEEDS = (1e-3, 3e-4, 1e-4), (1.0, 0.0, 0.3), (8, 16), (0, 1, 2, 3, 4)
 LENGTH = 128
-TUNING_BOOKS, REPORTING_BOOKS, BOOK_WINDOWS = 24, 36, 6
-OTHER_DOCUMENTS, OTHER_WINDOWS = 24, 4
+TUNING_BOOKS, REPORTING_BOOKS = 24, 36
+OTHER_DOCUMENTS = 24
+WINDOWS = {"tuning": 3, "reporting": 6, "plays": 4, "stories": 4}  # of each document
 SHAKESPEARE = "William Shakespeare/"
 MOST_OF_A_BOOK = 250_000  # characters that are trained on
 SGD_RATES, SGD_TUNING_SEEDS, SGD_TUNING_STEPS = (0.01, 0.03, 0.1, 0.3, 1.0), (100, 101, 102), 1800
 
-Tokens = Mapping[str, np.ndarray]
+WIDELY = ("live", "start", "ema-f", "bema-f", "slow-bema-f", "dema-f", "tail", "sqrt-decay")  # on all parts
+PAPERS_DEFAULTS = tuple(
+    f"{family} kappa=0.5{eta} phi=400"
+    for family, eta in (("ema", ""), ("bema", " eta=0.2"), ("ouema", " eta=0.2"), ("dema", ""))
+)
+RESULTS = Path(__file__).parents[1] / "results" / NAME
 
 
 def adamw_settings() -> Iterator[Setting]:
@@ -66,12 +76,7 @@ class Text:
     def __init__(self, data: Path, work: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         self._data, self._work, self._tokenizer = data / "corpus", work / "tokens", tokenizer
         self.training = array_once(self._work / "training.npy", self._training)
-        self.parts = {
-            "tuning": self._held_out("tuning", BOOK_WINDOWS),
-            "reporting": self._held_out("reporting", BOOK_WINDOWS),
-            "plays": self._held_out("plays", OTHER_WINDOWS),
-            "stories": self._held_out("stories", OTHER_WINDOWS),
-        }
+        self.parts = {part: self._held_out(part, count) for part, count in WINDOWS.items()}
 
     def _books(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
         """Training and held-out books with their names; which of the training file are held out is fixed here."""
@@ -88,14 +93,14 @@ class Text:
         return np.concatenate([tokens_of(self._tokenizer, text[:MOST_OF_A_BOOK]) for _, text in self._books()[0]])
 
     def _held_out(self, part: str, count: int) -> HeldOut:
-        names = self._work / f"{part}.json"
+        names = self._work / f"{part}-{count}.json"
         if not names.is_file():
             made = held_out(
                 [(name, tokens_of(self._tokenizer, text)) for name, text in self._texts(part)], count, LENGTH
             )
-            store_array(self._work / f"{part}.npy", made.windows)
+            store_array(self._work / f"{part}-{count}.npy", made.windows)
             store(names, list(made.names))
-        return HeldOut(np.load(self._work / f"{part}.npy"), tuple(load(names)))
+        return HeldOut(np.load(self._work / f"{part}-{count}.npy"), tuple(load(names)))
 
     def _texts(self, part: str) -> list[tuple[str, str]]:
         if part in ("tuning", "reporting"):
@@ -122,29 +127,67 @@ def _named_books(folder: Path, part: str) -> list[tuple[str, str]]:
 
 
 class Runs:
-    """The training runs, finished ones read and missing ones made."""
+    """The runs of the study: finished ones are read, missing ones made.
+
+    Attributes:
+        text: what is trained on and evaluated on.
+    """
 
     def __init__(self, data: Path, work: Path, model: Path) -> None:
-        self.model, self.work = model, work
+        self._model, self._work = model, work / "runs"
         self.text = Text(data, work, AutoTokenizer.from_pretrained(model))
+        self._evaluator: Evaluator | None = None
 
     def iterates(self, setting: Setting) -> np.ndarray:
         """Return the stored iterates of a run, training it first if they are missing."""
-        return array_once(self.work / "runs" / f"{setting.name}.npy", lambda: self._train(setting))
+        return array_once(self._work / f"{setting.name}.npy", lambda: self._train(setting))
 
-    def record(self, setting: Setting) -> dict[str, object]:
-        """Return what is remembered of a finished run."""
-        return load(self.work / "runs" / f"{setting.name}.json")
+    def result(self, setting: Setting) -> dict[str, Any]:
+        """Return the losses of a run's averages, document by document, evaluating them first if they are missing."""
+        return once(RESULTS / "cells" / f"{setting.name}.json", lambda: self._evaluate(setting))
 
     def _train(self, setting: Setting) -> np.ndarray:
-        iterates, record = train(load_model(self.model), setting, self.text.training)
-        store(
-            self.work / "runs" / f"{setting.name}.json",
-            {"setting": asdict(setting), **record, "environment": environment()},
-        )
-        print(f"{time.strftime('%H:%M')} {setting.name}: loss {record['training_loss'][-1]}, "
-              f"{record['seconds']} s, {record['cpu_seconds']} s of computing", flush=True)  # fmt: skip
+        iterates, record = train(load_model(self._model), setting, self.text.training)
+        _say(f"{setting.name}: training loss {record['training_loss'][-1]}, {record['cpu_seconds']} s of computing")
+        store(self._work / f"{setting.name}.json", {**record, "environment": environment()})
         return iterates
+
+    def _evaluate(self, setting: Setting) -> dict[str, Any]:
+        iterates = self.iterates(setting)
+        if self._evaluator is None:
+            self._evaluator = Evaluator(load_model(self._model), self.text.parts)
+        steps = list(range(0, setting.steps + 1, setting.every))
+        begun, found = time.process_time(), {}
+        for average in averages(steps):
+            weights = (average.weights @ iterates.astype(np.float64)).astype(np.float32)
+            parts = list(WINDOWS) if average.family in WIDELY or average.name in PAPERS_DEFAULTS else list(WINDOWS)[:2]
+            losses = self._evaluator.document_losses(weights, parts)
+            found[average.name] = {
+                "family": average.family,
+                "setting": average.setting,
+                **average.summary(steps),
+                "tuning": round(float(losses.pop("tuning").mean()), 5),
+                **{part: [round(loss, 4) for loss in by_document.tolist()] for part, by_document in losses.items()},
+            }
+        seconds = round(time.process_time() - begun, 1)
+        _say(f"{setting.name}: {len(found)} averages, {seconds} s of computing")
+        return {
+            "setting": {**asdict(setting), "schedule": setting.schedule},
+            "run": load(self._work / f"{setting.name}.json"),
+            "averages": found,
+            "evaluation": {"cpu_seconds": seconds, "environment": environment()},
+        }
+
+
+def averages(steps: Sequence[int]) -> Iterator[Average]:
+    """Yield every average of a run."""
+    yield from endpoints(steps)
+    yield from scale_free_rules(steps)
+    yield from power_rules(steps)
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M')} {text}", flush=True)
 
 
 def main() -> None:
@@ -161,7 +204,7 @@ def main() -> None:
     torch.set_num_threads(1)
     runs = Runs(data, work, given.model or data / "model" / "stories260K" / "hf")
     for setting in adamw_settings():
-        runs.iterates(setting)
+        runs.result(setting)
 
 
 if __name__ == "__main__":
