@@ -42,7 +42,10 @@ def adam_step_c(form: AdamForm, row: Sequence[Tensor], numbers: Sequence[Any]) -
     """
     library, dtype = _library(), row[0].dtype
     assert library is not None
-    given, constants = TensorTable([row]), np.array(numbers, dtype=REALS[dtype])
+    given, constants = (
+        TensorTable([row], 5 if form.cross_fit == "leave_one_out" else 4),
+        np.array(numbers, dtype=REALS[dtype]),
+    )
     number = _FORMS[form.cross_fit, form.inverse_correction]
     library[dtype](number, given.sizes, given.addresses, constants.ctypes.data, given.threads)
 

@@ -80,19 +80,39 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, Parameter) and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
+def _require_alike(rows: Sequence[Sequence[Tensor]], width: int) -> None:
+    """Refuse rows that C would read or write in the wrong places."""
+    for number, row in enumerate(rows):
+        shape = row[0].shape
+        alike = len(row) == width and row[0].dtype == rows[0][0].dtype
+        if not alike or not in_memory(row) or any(tensor.shape != shape for tensor in row):
+            found = ", ".join(f"{t.dtype} {tuple(t.shape)} {t.layout} on {t.device}" for t in row)
+            raise ValueError(
+                f"row {number} of {len(rows)} for C holds {found}; it must hold {width} contiguous "
+                f"{rows[0][0].dtype} tensors of shape {tuple(shape)} on the CPU. If the first is a parameter, a tensor "
+                "of its state or its gradient has another shape: load a state that was saved for this model."
+            )
+
+
 class TensorTable:
     """Tensors of several parameters as ``parallel.h`` takes them; they must outlive this.
 
     Args:
-        rows: tensors of each parameter, equally many, as :func:`in_memory` wants them; all of one type.
+        rows: tensors of each parameter, as :func:`in_memory` wants them; all of one type.
+        width: tensors per row that the C function reads.
 
     Attributes:
         sizes: address of the elements per tensor.
         addresses: address of the tensors' addresses.
         threads: how many are worth starting.
+
+    Raises:
+        ValueError: if the tensors of a row differ in shape, or any is not as :func:`in_memory` wants it. C sees only
+            addresses and the size of the first tensor: it would read and write past a smaller one.
     """
 
-    def __init__(self, rows: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, rows: Sequence[Sequence[Tensor]], width: int) -> None:
+        _require_alike(rows, width)
         self._sizes: NDArray[np.int64] = np.array([row[0].numel() for row in rows], dtype=np.int64)
         self._addresses = np.array([[tensor.data_ptr() for tensor in row] for row in rows], dtype=np.uintp)
         self.sizes, self.addresses = self._sizes.ctypes.data, self._addresses.ctypes.data

@@ -32,7 +32,7 @@ def lerp_c(rows: Sequence[Sequence[Tensor]], gains: Sequence[float]) -> None:
     """
     library, dtype = _library(), rows[0][0].dtype
     assert library is not None
-    given, numbers = TensorTable(rows), np.array(gains, dtype=REALS[dtype])
+    given, numbers = TensorTable(rows, 1 + len(gains)), np.array(gains, dtype=REALS[dtype])
     library[dtype](len(rows), len(gains), given.sizes, given.addresses, numbers.ctypes.data, given.threads)
 
 

@@ -33,7 +33,7 @@ def pace_step_c(rows: Sequence[Row], k: PaceConstants) -> None:
     """
     library, dtype = _library(), rows[0][0].dtype
     assert library is not None
-    given, constants = TensorTable(rows), np.array(k, dtype=REALS[dtype])
+    given, constants = TensorTable(rows, 5), np.array(k, dtype=REALS[dtype])
     library[dtype](len(rows), given.sizes, given.addresses, constants.ctypes.data, given.threads)
     for row in rows:
         increment_version(row[0])  # autograd notices changed weights only through the tensors it knows

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lagless.execution._c import compile_source
+from lagless.execution._c import REALS, compile_source
 
 Bytes = NDArray[np.uint8]
 
@@ -34,9 +34,13 @@ class Product:
         x: shape (N, C), rows without gaps.
         out: shape (G, C), rows without gaps.
         checked: rows of ``out`` to look for values that are not finite in.
+
+    Raises:
+        ValueError: if shapes, types or memory are not as said.
     """
 
     def __init__(self, weights: Tensor, x: Tensor, out: Tensor, checked: Sequence[int] = ()) -> None:
+        _require_fitting(weights, x, out, checked)
         self._tensors, self._checked = (weights, x, out), np.array(checked, dtype=np.int64)
         self._function = None
         if (library := _library()) is not None:
@@ -55,17 +59,41 @@ class Product:
         return all(bool(torch.isfinite(out[row]).all()) for row in self._checked)
 
 
+def _require_fitting(weights: Tensor, x: Tensor, out: Tensor, checked: Sequence[int]) -> None:
+    """Refuse what C would read or write in the wrong places: it sees only addresses, sizes and strides."""
+    tensors = (weights, x, out)
+    plain = all(t.dim() == 2 and t.is_cpu and t.layout == torch.strided and t.dtype == x.dtype for t in tensors)
+    fits = plain and x.dtype in REALS and x.shape[0] == weights.shape[1]
+    fits = fits and tuple(out.shape) == (weights.shape[0], x.shape[1]) and weights.is_contiguous()
+    # The stride between rows may be larger than a row, as in a slice of columns; a single row has no meaningful one.
+    fits = fits and all(
+        t.shape[1] <= 1 or (t.stride(1) == 1 and (t.shape[0] <= 1 or t.stride(0) >= t.shape[1])) for t in (x, out)
+    )
+    if not fits or not all(0 <= row < out.shape[0] for row in checked):
+        found = ", ".join(f"{t.dtype} {tuple(t.shape)} with strides {t.stride()} on {t.device}" for t in tensors)
+        raise ValueError(
+            f"weights, x and out are {found}, checked rows {list(checked)}; they must be dense float32 or float64 "
+            "matrices (G, N), (N, C), (G, C) of one type on the CPU with rows without gaps, and checked rows in [0, G)."
+        )
+
+
 class Pieces:
     """Pieces of memory that are filled from files by one call, again and again.
 
     Args:
-        pieces: the memory.
+        pieces: the memory, contiguous and writable.
 
     Attributes:
         views: of the pieces.
     """
 
     def __init__(self, pieces: Sequence[Bytes]) -> None:
+        for number, piece in enumerate(pieces):
+            if piece.dtype != np.uint8 or not piece.flags.c_contiguous or not piece.flags.writeable:
+                raise ValueError(
+                    f"piece {number} is {piece.dtype} {piece.shape} with strides {piece.strides}; give contiguous, "
+                    "writable bytes."
+                )
         self.views = [piece.data for piece in pieces]
         self._sizes = np.array([piece.size for piece in pieces], dtype=np.int64)
         self._addresses = np.array([piece.ctypes.data for piece in pieces], dtype=np.uintp)
@@ -78,6 +106,12 @@ class Pieces:
             How many are full, counted from the first: fewer than all if a file ended or could not be read, and none
             without a C compiler.
         """
+        for name, given, dtype in (("files", files, np.int32), ("positions", positions, np.int64)):
+            if given.dtype != dtype or given.shape != (len(self.views),) or not given.flags.c_contiguous:
+                raise ValueError(
+                    f"{name} is {given.dtype} {given.shape}; it must be contiguous {np.dtype(dtype)} of shape "
+                    f"({len(self.views)},), one for each piece."
+                )
         library = _library()
         if library is None:
             return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lagless.execution import buffer_dtype, counts, local
 from lagless.optim._average_step import coefficients
+from lagless.optim._loaded_state import require_fitting
 from lagless.rules import ReadCoefficients, Rule, rule_from_dict, rule_to_dict
 
 Self = TypeVar("Self", bound="AveragedOptimizer")
@@ -28,6 +29,8 @@ class AveragedOptimizer(Optimizer):
     """
 
     step_key = "step"
+    moments: ClassVar[tuple[str, ...]] = ()
+    """Entries of a parameter's state, besides averages, that have the parameter's shape."""
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -128,7 +131,8 @@ class AveragedOptimizer(Optimizer):
         model and optimizer without switching in between: what a model file holds cannot be told from a state.
 
         Raises:
-            ValueError: if the state is another optimizer's, or lacks what the average needs.
+            ValueError: if the state is another optimizer's, lacks what the average needs, or has tensors of other
+                shapes than the parameters. Nothing is changed then.
         """
         given: dict[str, Any] = {}
 
@@ -156,6 +160,9 @@ class AveragedOptimizer(Optimizer):
     def _checked_groups(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """The groups of a state with all settings, and rules for their description."""
         groups = []
+        own = self._parameters()
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        shapes = {i: p.shape for i, p in zip(indices, own)} if len(indices) == len(own) else {}  # noqa: B905 (equal)
         for given in state_dict["param_groups"]:
             if "average" not in given:
                 raise ValueError(
@@ -168,6 +175,9 @@ class AveragedOptimizer(Optimizer):
                 state = state_dict["state"].get(index)
                 if state is None:
                     continue
+                if index in shapes:  # torch refuses another number of parameters
+                    keys = (*self.moments, *average_keys(rule), LIVE)
+                    require_fitting(index, state, dict.fromkeys(keys, shapes[index]), self.step_key)
                 needed = {self.step_key, *average_keys(rule)}
                 if groups[-1]["evaluating"] and coefficients(rule, int(state.get(self.step_key, 0))) is not None:
                     needed.add(LIVE)

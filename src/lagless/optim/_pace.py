@@ -114,6 +114,8 @@ class PACE(AveragedOptimizer):
         self._statistics: PullStatistics | None = None
         super().__init__(params, settings)
 
+    moments = ("exp_avg", "exp_avg_sq")
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._statistics = None
         super().__setstate__(state)

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lagless._validation import require_integer
 from lagless.execution import sum_over_mesh
+from lagless.optim._loaded_state import require_fitting
 from lagless.optim.bias_corrected._microbatches import Collected, Microbatches, norms
 from lagless.optim.bias_corrected._report import Correction, CorrectionSums
 from lagless.optim.bias_corrected._sums import PowerSums, Sums
@@ -184,7 +185,12 @@ class BiasCorrected(Optimizer):
             self._follow(self.param_groups[-1])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state; moments keep the precision they were saved in, whatever the parameters have."""
+        """Take over a state; moments keep the precision they were saved in, whatever the parameters have.
+
+        Raises:
+            ValueError: if a tensor has another shape or type than this optimizer works with. Nothing is changed then.
+        """
+        self._require_fitting(state_dict)
         if self._microbatches.begun:
             _log.warning(
                 "%s: a state is loaded between backward() and step(); %d microbatches that p.grad still holds are "
@@ -202,6 +208,17 @@ class BiasCorrected(Optimizer):
             for key, value in state_dict["state"].get(i, {}).items():
                 if isinstance(value, Tensor):  # torch has cast it to the parameter's dtype
                     self.state[p][key] = value.to("cpu" if key == "step" else p.device, copy=True)
+
+    def _require_fitting(self, state_dict: dict[str, Any]) -> None:
+        """Refuse tensors of other shapes; torch refuses other numbers of groups and parameters."""
+        for own, saved in zip(self.param_groups, state_dict["param_groups"]):  # noqa: B905
+            for index, p in zip(saved["params"], own["params"]):  # noqa: B905
+                state = state_dict["state"].get(index, {})
+                require_fitting(index, state, self._shapes({**own, **saved}, p), "step")
+
+    def _shapes(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Sequence[int]]:
+        """The shapes of entries of the parameter's state; entries may be missing before the first step."""
+        return dict.fromkeys(("exp_avg", "exp_avg_sq", "hessian", "inverse"), parameter.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_standard", "_report_freq", "_sums", "_folds_seen")

@@ -148,6 +148,13 @@ class BiasCorrectedShampoo(BiasCorrected):
             for p in group["params"]:
                 self._prepare(group, p)
 
+    def _shapes(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Sequence[int]]:
+        shapes = super()._shapes(group, parameter)
+        if _is_matrix(group, parameter):
+            for factor in Partition(parameter.shape, group["block_size"]).factors:
+                shapes |= {factor.name(kind): (factor.size, factor.size) for kind in ("factor", "root", "vectors")}
+        return shapes
+
     def _special(self, group: dict[str, Any]) -> bool:
         return group["block_size"] > 0
 
