@@ -26,8 +26,8 @@ from .cases import (
     new_parameters,
     same_roots,
     train,
+    weights_of as weights,
 )
-from .cases import weights_of as weights
 
 FOLDER = FILES / "optimizers"
 
