@@ -6,6 +6,7 @@
 1.0
 """
 
+from lagless._citation import citation as citation
 from lagless._deprecated import install as _install
 from lagless._version import __version__ as __version__
 from lagless.averaging import Averager as Averager
