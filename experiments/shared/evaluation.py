@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class Evaluator:
         self._windows = {name: torch.from_numpy(part.windows.astype(np.int64)) for name, part in parts.items()}
 
     @torch.no_grad()
-    def document_losses(self, weights: np.ndarray, parts: list[str]) -> dict[str, np.ndarray]:
+    def document_losses(self, weights: np.ndarray, parts: Sequence[str]) -> dict[str, np.ndarray]:
         """Return by part the mean nats per token of every document, shape (documents,), float64."""
         torch.nn.utils.vector_to_parameters(torch.from_numpy(weights), self._model.parameters())
         found = {}

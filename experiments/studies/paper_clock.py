@@ -4,44 +4,100 @@
 
 trains what is missing and evaluates its averages, run by run. It may be stopped at any moment, which costs the run in
 progress, and goes on where it was.
+
+    python -m experiments.studies.paper_clock report
+
+writes what the finished cells say.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from experiments.shared.averages import Average, endpoints, power_rules, scale_free_rules
-from experiments.shared.cells import array_once, load, once, store, store_array
-from experiments.shared.environment import environment
-from experiments.shared.evaluation import Evaluator
-from experiments.shared.text import HeldOut, held_out, read_documents, tokens_of
-from experiments.shared.training import Setting, load_model, train
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from experiments.shared.averages import ETAS, FRACTIONS, KAPPAS, PHIS, Average, endpoints, power_rules, scale_free_rules
+from experiments.shared.books import WINDOWS
+from experiments.shared.cells import load
+from experiments.shared.comparisons import Best, Claim
+from experiments.shared.runs import Runs
+from experiments.shared.summary import Plan, write_summary
+from experiments.shared.training import Setting
 
 NAME = "paper_clock"
+RESULTS = Path(__file__).parents[1] / "results" / NAME
 RATES, FINALS, BATCHES, SEEDS = (1e-3, 3e-4, 1e-4), (1.0, 0.0, 0.3), (8, 16), (0, 1, 2, 3, 4)
-LENGTH = 128
-TUNING_BOOKS, REPORTING_BOOKS = 24, 36
-OTHER_DOCUMENTS = 24
-WINDOWS = {"tuning": 3, "reporting": 6, "plays": 4, "stories": 4}  # of each document
-SHAKESPEARE = "William Shakespeare/"
-MOST_OF_A_BOOK = 250_000  # characters that are trained on
 SGD_RATES, SGD_TUNING_SEEDS, SGD_TUNING_STEPS = (0.01, 0.03, 0.1, 0.3, 1.0), (100, 101, 102), 1800
 
-WIDELY = ("live", "start", "ema-f", "bema-f", "slow-bema-f", "dema-f", "tail", "sqrt-decay")  # on all parts
-PAPERS_DEFAULTS = tuple(
+FLOOR, LEAST_SEEDS = 0.002, 3
+CANDIDATES = ("ema-f", "bema-f", "slow-bema-f", "dema-f", "tail", "sqrt-decay")  # for the default rule
+EMA, BEMA, OUEMA, DEMA = (
     f"{family} kappa=0.5{eta} phi=400"
     for family, eta in (("ema", ""), ("bema", " eta=0.2"), ("ouema", " eta=0.2"), ("dema", ""))
-)
-RESULTS = Path(__file__).parents[1] / "results" / NAME
+)  # at the paper's defaults
+BEST_EMA = Best(["ema"], {"kappa": KAPPAS, "phi": PHIS})
+BEST_BEMA = Best(["bema", "ema"], {"kappa": KAPPAS, "eta": (*ETAS, np.inf), "phi": PHIS}, {"eta": np.inf})
+BEST_DEMA = Best(["dema"], {"kappa": KAPPAS[1:], "phi": (100, 400)})
+BEST_F = Best(["ema-f"], {"f": FRACTIONS})
+DECAYED = ("linear-to-0", "linear-to-0.3")
+ADAMW = ("adamw",)
+CLAIMS = [
+    Claim("P1", "BEMA beats EMA at κ = .5, η = .2, φ = 400", "Fig. 1b", BEMA, EMA, -1),
+    Claim("P2", "BEMA at its defaults beats the live weights", "Fig. 1b, Table 2", BEMA, "live", -1),
+    Claim("P3", "BEMA at its best beats EMA at its best", "Fig. 7", BEST_BEMA, BEST_EMA, -1),
+    Claim("P4", "BEMA at its best beats the live weights", "Fig. 7", BEST_BEMA, "live", -1),
+    Claim("P5", "BEMA beats OUEMA at the defaults", "Figs. 4, 15", BEMA, OUEMA, -1, optimizers=ADAMW),
+    Claim("P5", "OUEMA beats EMA at the defaults", "Figs. 4, 15", OUEMA, EMA, -1, optimizers=ADAMW),
+    Claim("P6", "BEMA beats DEMA at the defaults", "Fig. 14", BEMA, DEMA, -1, optimizers=ADAMW),
+    Claim("P6", "BEMA at its best beats DEMA at its best", "Fig. 14", BEST_BEMA, BEST_DEMA, -1, optimizers=ADAMW),
+    Claim("P7", "EMA at κ = .5, φ = 400 is worse than the live weights", "Sec. 5.2", EMA, "live", 1),
+    Claim(
+        "P8", "A constant rate with BEMA at its best beats linear decay to 0 without averaging", "App. A", BEST_BEMA,
+        "live", -1, baseline_schedule="linear-to-0", optimizers=ADAMW,
+    ),
+    Claim("P9", "BEMA at its best beats the live weights under decay", "App. A", BEST_BEMA, "live", -1, DECAYED),
+    Claim(
+        "P10", "BEMA with φ = 100 beats φ = 400 at κ = η = .2", "Fig. 11", "bema kappa=0.2 eta=0.2 phi=100",
+        "bema kappa=0.2 eta=0.2 phi=400", -1, optimizers=ADAMW,
+    ),
+    Claim("O1", "EMA(half_life_fraction=.05) beats the live weights", "ours", "ema-f f=0.05", "live", -1),
+    Claim(
+        "O2", "EMA(half_life_fraction=.05) loses less than the floor under linear decay to 0", "ours", "ema-f f=0.05",
+        "live", 0, ("linear-to-0",), no_worse=True,
+    ),
+    Claim(
+        "O3", "Slow-anchor BEMA (f = .5, c = .5) beats the EMA of f = .5", "ours", "slow-bema-f f=0.5 c=0.5",
+        "ema-f f=0.5", -1, optimizers=ADAMW,
+    ),
+    Claim(
+        "O4", "Slow-anchor BEMA (f = .2, c = .5) and the EMA of f = .1: no difference that matters", "ours",
+        "slow-bema-f f=0.2 c=0.5", "ema-f f=0.1", 0, optimizers=ADAMW,
+    ),
+    Claim(
+        "O5", "A constant rate with the EMA of f = .1 beats linear decay to 0 without averaging", "ours", "ema-f f=0.1",
+        "live", -1, baseline_schedule="linear-to-0",
+    ),
+    Claim(
+        "O6", "BEMA at its best and the EMA of the best f: no difference that matters", "ours", BEST_BEMA, BEST_F, 0,
+        optimizers=ADAMW,
+    ),
+]  # fmt: skip
+
+
+def averages(steps: Sequence[int]) -> Iterator[Average]:
+    """Yield every average of a run."""
+    yield from endpoints(steps)
+    yield from scale_free_rules(steps)
+    yield from power_rules(steps)
+
+
+def parts(average: Average) -> Sequence[str]:
+    """Return the held-out parts for an average: plays and stories only where a default is judged."""
+    widely = average.family in ("live", "start", *CANDIDATES) or average.name in (EMA, BEMA, OUEMA, DEMA)
+    return list(WINDOWS) if widely else ["tuning", "reporting"]
 
 
 def adamw_settings() -> Iterator[Setting]:
@@ -65,146 +121,67 @@ def sgd_settings(rate: float) -> Iterator[Setting]:
             yield Setting("sgd", rate, final, 8, seed)
 
 
-class Text:
-    """The corpus in tokens, made once and kept in ``work``.
+def tuned_sgd_rate(runs: Runs) -> float:
+    """Return the learning rate of SGD with the lowest live loss on the tuning books; the grid grows until it is inside.
 
-    Attributes:
-        training: one long row of tokens.
-        parts: held-out documents by the name of their part.
+    A rate at which training diverges is out of the question, and ends the grid.
     """
+    scores: dict[float, float] = {}
 
-    def __init__(self, data: Path, work: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._data, self._work, self._tokenizer = data / "corpus", work / "tokens", tokenizer
-        self.training = array_once(self._work / "training.npy", self._training)
-        self.parts = {part: self._held_out(part, count) for part, count in WINDOWS.items()}
+    def score(rate: float) -> float:
+        if rate not in scores:
+            try:
+                tuned = [runs.result(setting, only=["live"]) for setting in sgd_tuning_settings(rate)]
+                scores[rate] = sum(cell["averages"]["live"]["tuning"] for cell in tuned) / len(tuned)
+            except FloatingPointError:
+                scores[rate] = np.inf
+        return scores[rate]
 
-    def _books(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-        """Training and held-out books with their names; which of the training file are held out is fixed here."""
-        training = _named_books(self._data, "train")
-        held = _named_books(self._data, "valid")
-        long_enough = [i for i, (_, text) in enumerate(training) if len(text) > 20_000]
-        drawn = np.random.default_rng(0).choice(long_enough, TUNING_BOOKS + REPORTING_BOOKS - len(held), replace=False)
-        held = held + [training[i] for i in sorted(drawn)]
-        # tinyshakespeare is held out as a whole, so no play of Shakespeare is trained on.
-        rest = [book for i, book in enumerate(training) if i not in drawn and not book[0].startswith(SHAKESPEARE)]
-        return rest, held
-
-    def _training(self) -> np.ndarray:
-        return np.concatenate([tokens_of(self._tokenizer, text[:MOST_OF_A_BOOK]) for _, text in self._books()[0]])
-
-    def _held_out(self, part: str, count: int) -> HeldOut:
-        names = self._work / f"{part}-{count}.json"
-        if not names.is_file():
-            made = held_out(
-                [(name, tokens_of(self._tokenizer, text)) for name, text in self._texts(part)], count, LENGTH
-            )
-            store_array(self._work / f"{part}-{count}.npy", made.windows)
-            store(names, list(made.names))
-        return HeldOut(np.load(self._work / f"{part}-{count}.npy"), tuple(load(names)))
-
-    def _texts(self, part: str) -> list[tuple[str, str]]:
-        if part in ("tuning", "reporting"):
-            held = self._books()[1]
-            order = np.random.default_rng(1).permutation(len(held))
-            chosen = order[:TUNING_BOOKS] if part == "tuning" else order[TUNING_BOOKS:]
-            return [held[i] for i in sorted(chosen)]
-        if part == "plays":
-            text = (self._data / "tinyshakespeare.txt").read_text(encoding="utf-8")
-            size = len(text) // OTHER_DOCUMENTS
-            return [(f"characters from {i * size}", text[i * size : (i + 1) * size]) for i in range(OTHER_DOCUMENTS)]
-        stories = read_documents(self._data / "tinystories_val.txt.xz")
-        size = len(stories) // OTHER_DOCUMENTS
-        groups = [stories[i * size : (i + 1) * size] for i in range(OTHER_DOCUMENTS)]
-        return [(f"stories from {i * size}", "\n".join(group[:20])) for i, group in enumerate(groups)]
+    rates = list(SGD_RATES)
+    while True:
+        best = min(rates, key=score)
+        if best == rates[0]:
+            rates.insert(0, best / 3)
+        elif best == rates[-1]:
+            rates.append(best * 3)
+        else:
+            return best
 
 
-def _named_books(folder: Path, part: str) -> list[tuple[str, str]]:
-    lines = (folder / f"classic_books_{part}_index.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    texts = read_documents(folder / f"classic_books_{part}.txt.xz")
-    if len(lines) != len(texts):
-        raise ValueError(f"classic_books_{part}: {len(texts)} books, but {len(lines)} lines in the index.")
-    return [(line.split("\t")[1].removesuffix(".md"), text) for line, text in zip(lines, texts, strict=True)]
+def run(data: Path, work: Path, model: Path) -> None:
+    """Make every cell that is missing, in the order of the plan."""
+    runs = Runs(data, work, RESULTS / "cells", model, averages, parts)
+    for setting in adamw_settings():
+        runs.result(setting)
+    for setting in sgd_settings(tuned_sgd_rate(runs)):
+        runs.result(setting)
 
 
-class Runs:
-    """The runs of the study: finished ones are read, missing ones made.
-
-    Attributes:
-        text: what is trained on and evaluated on.
-    """
-
-    def __init__(self, data: Path, work: Path, model: Path) -> None:
-        self._model, self._work = model, work / "runs"
-        self.text = Text(data, work, AutoTokenizer.from_pretrained(model))
-        self._evaluator: Evaluator | None = None
-
-    def iterates(self, setting: Setting) -> np.ndarray:
-        """Return the stored iterates of a run, training it first if they are missing."""
-        return array_once(self._work / f"{setting.name}.npy", lambda: self._train(setting))
-
-    def result(self, setting: Setting) -> dict[str, Any]:
-        """Return the losses of a run's averages, document by document, evaluating them first if they are missing."""
-        return once(RESULTS / "cells" / f"{setting.name}.json", lambda: self._evaluate(setting))
-
-    def _train(self, setting: Setting) -> np.ndarray:
-        iterates, record = train(load_model(self._model), setting, self.text.training)
-        _say(f"{setting.name}: training loss {record['training_loss'][-1]}, {record['cpu_seconds']} s of computing")
-        store(self._work / f"{setting.name}.json", {**record, "environment": environment()})
-        return iterates
-
-    def _evaluate(self, setting: Setting) -> dict[str, Any]:
-        iterates = self.iterates(setting)
-        if self._evaluator is None:
-            self._evaluator = Evaluator(load_model(self._model), self.text.parts)
-        steps = list(range(0, setting.steps + 1, setting.every))
-        begun, found = time.process_time(), {}
-        for average in averages(steps):
-            weights = (average.weights @ iterates.astype(np.float64)).astype(np.float32)
-            parts = list(WINDOWS) if average.family in WIDELY or average.name in PAPERS_DEFAULTS else list(WINDOWS)[:2]
-            losses = self._evaluator.document_losses(weights, parts)
-            found[average.name] = {
-                "family": average.family,
-                "setting": average.setting,
-                **average.summary(steps),
-                "tuning": round(float(losses.pop("tuning").mean()), 5),
-                **{part: [round(loss, 4) for loss in by_document.tolist()] for part, by_document in losses.items()},
-            }
-        seconds = round(time.process_time() - begun, 1)
-        _say(f"{setting.name}: {len(found)} averages, {seconds} s of computing")
-        return {
-            "setting": {**asdict(setting), "schedule": setting.schedule},
-            "run": load(self._work / f"{setting.name}.json"),
-            "averages": found,
-            "evaluation": {"cpu_seconds": seconds, "environment": environment()},
-        }
-
-
-def averages(steps: Sequence[int]) -> Iterator[Average]:
-    """Yield every average of a run."""
-    yield from endpoints(steps)
-    yield from scale_free_rules(steps)
-    yield from power_rules(steps)
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M')} {text}", flush=True)
+def report() -> None:
+    """Write what the finished cells say: ``summary.json`` and ``README.md`` beside them."""
+    planned = len(list(adamw_settings())) + len(list(sgd_settings(1.0)))
+    cells = [load(file) for file in sorted((RESULTS / "cells").glob("*.json"))]
+    plan = Plan("Averages at the paper's clock", "experiments/studies/paper_clock.md", planned, CLAIMS, CANDIDATES,
+                (EMA, BEMA, OUEMA, DEMA, "start"), FLOOR, LEAST_SEEDS)  # fmt: skip
+    write_summary(plan, [cell for cell in cells if cell["setting"]["seed"] in SEEDS], RESULTS)
 
 
 def main() -> None:
     """Parse the command line and run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run",))
+    parser.add_argument("command", choices=("run", "report"))
     parser.add_argument("--data", type=Path, default=os.environ.get("DATA"), help="folder of data; or $DATA")
     parser.add_argument("--work", type=Path, default=os.environ.get("WORK", "work"), help="folder of runs; or $WORK")
     parser.add_argument("--model", type=Path, help="folder of the model; default DATA/model/stories260K/hf")
     given = parser.parse_args()
+    if given.command == "report":
+        report()
+        return
     if given.data is None:
         parser.error("give --data FOLDER, or set DATA; experiments/README.md says what it holds")
     data, work = Path(given.data).resolve(), Path(given.work).resolve() / NAME
     torch.set_num_threads(1)
-    runs = Runs(data, work, given.model or data / "model" / "stories260K" / "hf")
-    for setting in adamw_settings():
-        runs.result(setting)
+    run(data, work, given.model or data / "model" / "stories260K" / "hf")
 
 
 if __name__ == "__main__":
