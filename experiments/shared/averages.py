@@ -89,11 +89,13 @@ def profile_weights(fraction: float, steps: Sequence[int]) -> np.ndarray:
 def double_profile_weights(fraction: float, steps: Sequence[int]) -> np.ndarray:
     """Return the weights of DEMA, 2 e1 − e2, with the gains β_t = 1 − (t'/t)^p of that EMA."""
     p = math.log(2.0) / fraction
-    first = second = np.eye(len(steps))[0]
+    first, second = np.zeros(len(steps)), np.zeros(len(steps))
+    first[0] = second[0] = 1.0
     for i in range(1, len(steps)):
         beta = 1.0 - (steps[i - 1] / steps[i]) ** p
-        first = (1.0 - beta) * first + beta * np.eye(len(steps))[i]
-        second = (1.0 - beta) * second + beta * first
+        first *= 1.0 - beta
+        first[i] += beta
+        second += beta * (first - second)
     return 2.0 * first - second
 
 
@@ -105,7 +107,7 @@ def relative_lag(fraction: float) -> float:
 def scale_free_rules(steps: Sequence[int]) -> Iterator[Average]:
     """Yield the rules that mean the same on a run of any length: widths and tails that are shares of the run."""
     count = len(steps)
-    start, live = np.eye(count)[0], np.eye(count)[-1]
+    live, start = (average.weights for average in endpoints(steps))
     for f in FRACTIONS:
         ema = profile_weights(f, steps)
         slow = profile_weights(SLOWER * f, steps)
@@ -130,5 +132,6 @@ def scale_free_rules(steps: Sequence[int]) -> Iterator[Average]:
 
 def endpoints(steps: Sequence[int]) -> list[Average]:
     """Return the live weights and the initial ones as averages."""
-    unit = np.eye(len(steps))
-    return [Average("live", {}, unit[-1]), Average("start", {}, unit[0])]
+    live, start = np.zeros(len(steps)), np.zeros(len(steps))
+    live[-1] = start[0] = 1.0
+    return [Average("live", {}, live), Average("start", {}, start)]
