@@ -715,7 +715,7 @@ def test_report():
         ({"constants": "mine"}, "constants='mine'"),
         ({"alpha": 0.5}, r"alpha=0\.5.* needs cross_fit='split'"),
         ({"support_clip": 1.0}, r"support_clip=1\.0; it must be None unless"),
-        ({"update_clip": 0.0}, r"update_clip=0\.0; it must be a number > 0 or None"),
+        ({"update_clip": 0.0}, r"update_clip=0\.0; it must be a finite number > 0 or None"),
         ({"warm_start": -1}, "warm_start=-1; it must be an integer >= 0"),
         ({"report_freq": -1}, "report_freq=-1"),
     ],

@@ -246,7 +246,7 @@ def test_conformance_with_microbatches(check):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"damping": 0.0}, r"damping=0\.0; it must be a number > 0"),
+        ({"damping": 0.0}, r"damping=0\.0; it must be a finite number > 0"),
         ({"cross_fit": "symmetric"}, "cross_fit='symmetric'; it must be 'none' or 'split': the method has no other"),
         ({"grafting": "sgd"}, "grafting='sgd'"),
         ({"root_freq": 0}, "root_freq=0"),

@@ -216,7 +216,7 @@ def test_what_is_not_finite_skips_the_step(where):
         ({"cross_fit": "halves"}, "cross_fit='halves'; it must be 'none' or 'split'\\.$"),
         ({"inverse_correction": "jackknife"}, "inverse_correction='jackknife'; it must be one of"),
         ({"hessian_freq": 0}, "hessian_freq=0; it must be an integer >= 1"),
-        ({"rho": 0.0}, r"rho=0\.0; it must be a number > 0"),
+        ({"rho": 0.0}, r"rho=0\.0; it must be a finite number > 0"),
         ({"eps": -1.0}, r"eps=-1\.0"),
     ],
 )

@@ -181,7 +181,7 @@ BAD = [
     (lambda: EMA(half_life_fraction=1.5), "half_life_fraction=1.5"),
     (lambda: EMA(decay=0.9, half_life=3.0), "decay and half_life each set"),
     (lambda: EMA(decay=0.9, ema_power=0.2), "decay and ema_power each set"),
-    (lambda: EMA(ema_power=-0.5), "ema_power=-0.5; it must be a number >= 0"),
+    (lambda: EMA(ema_power=-0.5), "ema_power=-0.5; it must be a finite number >= 0"),
     (lambda: EMA(ema_power="half"), "ema_power='half'"),
     (lambda: EMA(lag=-1.0), "lag=-1.0"),
     (lambda: EMA(lag=0.0, multiplier=0.0), r"β must lie in \(0, 1\]"),

@@ -284,8 +284,8 @@ def test_controls_are_finite_at_both_ends():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rate": -0.1}, r"rate=-0.1; it must be a number >= 0"),
-        ({"noise": 0.0}, r"noise=0.0; it must be a number > 0"),
+        ({"rate": -0.1}, r"rate=-0.1; it must be a finite number >= 0"),
+        ({"noise": 0.0}, r"noise=0.0; it must be a finite number > 0"),
         ({"horizon": float("nan")}, "horizon=nan"),
         ({"penalty": float("inf")}, "penalty=inf"),
         ({"prior_std": 0.0}, "prior_std=0.0"),

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lagless._validation import Settings
 from lagless.execution import Noise, Row, block_size, counts, exact_dtype, fits_kernel, fits_pace_c, local, pace_step_c
 from lagless.optim._average_step import average_step, average_step_on_device, check_capturable
 from lagless.optim._averaged import AveragedOptimizer, average_keys, new_buffers
 from lagless.optim._executors import step_in_blocks, step_in_one_kernel, step_on_device
 from lagless.optim._pull_statistics import PullStatistics
-from lagless.optim._settings import check_average, check_between, check_dtype
+from lagless.optim._settings import check_average, check_dtype, require_learning_rate
 from lagless.rules import EMA, Rule
 from lagless.updates import PaceConstants, pace_constants
 
@@ -126,7 +127,7 @@ class PACE(AveragedOptimizer):
         Raises:
             ValueError: if a setting is out of range.
         """
-        _check({**self.defaults, **param_group})
+        _check(self, {**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -271,17 +272,13 @@ def _local_gradient(parameter: Tensor) -> Tensor:
     return local(gradient)
 
 
-def _check(group: dict[str, Any]) -> None:
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    if not isinstance(lr, Tensor):
-        check_between("lr", lr)
-    elif lr.numel() != 1:
-        raise ValueError(f"lr has shape {tuple(lr.shape)}; a learning rate is one number.")
-    check_between("betas[0]", beta1, below=1.0)
-    check_between("betas[1]", beta2, below=1.0)
-    check_between("eps", group["eps"], positive=True)
-    check_between("weight_decay", group["weight_decay"])
-    check_between("pullback", group["pullback"])
+def _check(owner: PACE, group: dict[str, Any]) -> None:
+    check = Settings(owner, group)
+    require_learning_rate(owner, group["lr"])
+    check.decays("betas")
+    check.numbers("eps", above=0.0)
+    check.numbers("weight_decay", "pullback", minimum=0.0)
+    check.flags("clamp", "gate_pullback", "maximize", "compile", "capturable")
     check_average(group["average"])
     check_dtype(group["average_dtype"])
     if group["capturable"]:

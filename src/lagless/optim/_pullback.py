@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lagless._validation import Settings
 from lagless.execution import Noise, Row, blocks, counts, local
 from lagless.optim._average_step import AverageStep, average_step
 from lagless.optim._averaged import AveragedOptimizer, average_keys, new_buffers
 from lagless.optim._denominators import Denominator, denominator_of, is_plain
 from lagless.optim._executors import move_average, pull_, towards, widened
 from lagless.optim._pace import PACE_AVERAGE
-from lagless.optim._settings import check_average, check_between, check_dtype
+from lagless.optim._settings import check_average, check_dtype
 from lagless.rules import Rule
 
 
@@ -112,11 +113,12 @@ class Pullback(AveragedOptimizer):
         self.optimizer.add_param_group({**settings, **param_group})
 
     def _check(self, group: dict[str, Any]) -> None:
-        check_between("pullback", group["pullback"])
+        check = Settings(self, group)
+        check.numbers("pullback", minimum=0.0)
+        check.flags("clamp", "gate_pullback")
+        check.that("gain", group["gain"] in (None, "constant"), "'constant' or None")
         check_average(group["average"])
         check_dtype(group["average_dtype"])
-        if group["gain"] not in (None, "constant"):
-            raise ValueError(f"gain={group['gain']!r}; it must be 'constant' or None.")
         if group["gain"] is None and denominator_of(self.optimizer) is None and not is_plain(self.optimizer):
             raise ValueError(
                 f"the preconditioner of {type(self.optimizer).__name__} is not known here. For a pull of c d_t, "

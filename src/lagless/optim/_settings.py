@@ -1,21 +1,24 @@
-"""Checks of what a user sets, shared by PACE and the wrapper."""
+"""Checks of what optimizers have in common with each other and with no rule: tensors, rules and dtypes."""
 
 from __future__ import annotations
 
-import math
-from numbers import Real
-
 import torch
+from torch import Tensor
 
+from lagless._validation import require_number
 from lagless.rules import Rule
 
 
-def check_between(name: str, value: object, *, below: float = math.inf, positive: bool = False) -> None:
-    """Require a number in [0, below), or in (0, below); NaN fails."""
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    if not 0.0 <= number < below or (positive and number == 0.0):
-        limit = "finite" if math.isinf(below) else f"< {below:g}"
-        raise ValueError(f"{name}={value!r}; it must be a number {'>' if positive else '>='} 0 and {limit}.")
+def require_learning_rate(owner: object, lr: object) -> None:
+    """Require a finite number ≥ 0, or a tensor of one; a tensor on an accelerator is not read."""
+    name = f"{type(owner).__name__}: lr"
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(lr.shape)}; a learning rate is one number.")
+        if lr.device.type != "cpu":
+            return
+        lr = lr.item()
+    require_number(name, lr, minimum=0.0, finite=True)
 
 
 def check_average(average: object) -> None:

@@ -9,15 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lagless._validation import Settings
+from lagless.optim._settings import require_learning_rate
 from lagless.optim.bias_corrected._adam_step import PLAIN, adam_state, adam_update
 from lagless.optim.bias_corrected._base import STANDARD, BiasCorrected, tensors_of
-from lagless.optim.bias_corrected._hyperparameters import (
-    require,
-    require_betas,
-    require_nonnegative,
-    require_positive,
-    require_steps,
-)
 from lagless.optim.bias_corrected._microbatches import Collected
 from lagless.optim.bias_corrected._report import CorrectionSums
 from lagless.optim.bias_corrected._sums import Power, PowerSums, Sums
@@ -139,23 +134,27 @@ class BiasCorrectedAdamW(BiasCorrected):
         super().__init__(params, defaults, standard=standard, report_freq=report_freq, process_group=process_group)
 
     def _check(self, group: dict[str, Any]) -> None:
-        require_betas(self, group)
+        check = Settings(self, group)
+        require_learning_rate(self, group["lr"])
+        check.decays("betas")
+        check.numbers("eps", "weight_decay", "support_eps", minimum=0.0)
+        check.numbers("update_clip", "support_clip", above=0.0, optional=True)
+        check.choice("constants", ("derived", "reference"))
+        check.flags("compile", "adaptive_alpha")
         form = form_of(group)
         if group["warm_start"] is None:
             group["warm_start"] = round(1.0 / (1.0 - group["betas"][1])) if form.cross_fit != "none" else 0
-        require_nonnegative(self, group, "lr", "eps", "weight_decay", "support_eps")
-        require_positive(self, group, "update_clip", "support_clip")
-        require_steps(self, group, "warm_start")
+        check.integers("warm_start", minimum=0)
         left_out, shared = form.cross_fit == "leave_one_out", form.cross_fit in ("none", "split")
         choices = ("moments", "skewed", "exact") if left_out else ("moments", "exact")
-        require(self, group, "folds", group["folds"] in choices, f"one of {choices} for {form.cross_fit!r}")
+        check.that("folds", group["folds"] in choices, f"one of {choices} for {form.cross_fit!r}")
         together = left_out or self._microbatches.group is None
         exact = group["folds"] == "exact"
-        require(self, group, "folds", together or not exact, "'moments' in data parallel, unless for leave_one_out")
+        check.that("folds", together or not exact, "'moments' in data parallel, unless for leave_one_out")
         whole = not any(isinstance(p, DTensor) for p in tensors_of(group))
-        require(self, group, "adaptive_alpha", whole or not group["adaptive_alpha"], "False for sharded parameters")
+        check.that("adaptive_alpha", whole or not group["adaptive_alpha"], "False for sharded parameters")
         unset = group["support_clip"] is None
-        require(self, group, "support_clip", unset or shared, "None unless cross_fit is 'none' or 'split'")
+        check.that("support_clip", unset or shared, "None unless cross_fit is 'none' or 'split'")
 
     def _needs(self, group: dict[str, Any], parameter: Tensor) -> tuple[Sums | None, bool]:
         form = form_of(group)
@@ -184,15 +183,12 @@ class BiasCorrectedAdamW(BiasCorrected):
 
 def form_of(group: dict[str, Any]) -> AdamForm:
     """The update that a parameter group's hyperparameters describe."""
-    constants = {"derived": DERIVED, "reference": REFERENCE}
-    if group["constants"] not in constants:
-        raise ValueError(f"constants={group['constants']!r}; it must be 'derived' or 'reference'.")
     return AdamForm(
         group["cross_fit"],
         group["inverse_correction"],
         group["alpha"],
         group["adaptive_alpha"],
-        constants[group["constants"]],
+        {"derived": DERIVED, "reference": REFERENCE}[group["constants"]],
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lagless._validation import require_integer
+from lagless._validation import require_integer, require_number
 from lagless.execution import sum_over_mesh
 from lagless.optim._loaded_state import require_fitting
 from lagless.optim.bias_corrected._microbatches import Collected, Microbatches, norms
@@ -123,9 +122,8 @@ class BiasCorrected(Optimizer):
         Raises:
             ValueError: for a negative or infinite weight.
         """
-        weight = float(weight)
-        if not 0.0 <= weight < math.inf:
-            raise ValueError(f"weight={weight}; it must be a finite number >= 0.")
+        weight = float(weight)  # of a tensor, too
+        require_number("weight", weight, minimum=0.0, finite=True)
         self._microbatches.announce(weight)
 
     def weigh_by_tokens(self, model: nn.Module, *, shifted: bool = True) -> RemovableHandle:

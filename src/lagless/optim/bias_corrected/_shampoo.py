@@ -12,18 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lagless._validation import Settings
 from lagless.execution import Sharding, gather, is_sharded, local, over_shards, sum_over_mesh
+from lagless.optim._settings import require_learning_rate
 from lagless.optim.bias_corrected._adam_step import PLAIN, adam_state, adam_update
 from lagless.optim.bias_corrected._base import STANDARD, BiasCorrected, tensors_of
 from lagless.optim.bias_corrected._elements import move
 from lagless.optim.bias_corrected._factors import Factor, FactorSums, Partition
-from lagless.optim.bias_corrected._hyperparameters import (
-    require,
-    require_betas,
-    require_nonnegative,
-    require_positive,
-    require_steps,
-)
 from lagless.optim.bias_corrected._microbatches import Collected
 from lagless.optim.bias_corrected._report import CorrectionSums
 from lagless.optim.bias_corrected._sums import Sums
@@ -156,26 +151,26 @@ class BiasCorrectedShampoo(BiasCorrected):
         return shapes
 
     def _special(self, group: dict[str, Any]) -> bool:
-        return group["block_size"] > 0
+        return group["block_size"] != 0
 
     def _check(self, group: dict[str, Any]) -> None:
-        require_betas(self, group)
-        require_betas(self, group, "adamw_betas")
-        require_nonnegative(self, group, "lr", "weight_decay", "adamw_eps")
-        require_positive(self, group, "damping", "largest_root", "norm_clip")
-        require_steps(self, group, "root_freq", minimum=1)
-        require_steps(self, group, "block_size")
-        for name, choices in (
-            ("grafting", ("adamw", "none")),
-            ("inverse_correction", ("none", "post_ema", "pre_ema")),
-            ("folds", ("lagged", "exact")),
-        ):
-            require(self, group, name, group[name] in choices, f"one of {choices}")
+        check = Settings(self, group)
+        require_learning_rate(self, group["lr"])
+        check.decays("betas", "adamw_betas")
+        check.numbers("weight_decay", "adamw_eps", minimum=0.0)
+        check.numbers("damping", above=0.0)
+        check.numbers("largest_root", "norm_clip", above=0.0, optional=True)
+        check.integers("root_freq", minimum=1)
+        check.integers("block_size", minimum=0)
+        check.flags("compile")
+        check.choice("grafting", ("adamw", "none"))
+        check.choice("inverse_correction", ("none", "post_ema", "pre_ema"))
+        check.choice("folds", ("lagged", "exact"))
         reason = ": the method has no other form for matrices; each fold would need eigendecompositions of its own"
         allowed = "'none' or 'split'" + (reason if group["cross_fit"] in ("symmetric", "leave_one_out") else "")
-        require(self, group, "cross_fit", group["cross_fit"] in ("none", "split"), allowed)
+        check.that("cross_fit", group["cross_fit"] in ("none", "split"), allowed)
         alone = self._microbatches.group is None and not any(map(is_sharded, tensors_of(group)))
-        require(self, group, "folds", alone or group["folds"] != "exact", "'lagged' in data parallel")
+        check.that("folds", alone or group["folds"] != "exact", "'lagged' in data parallel")
 
     def _needs(self, group: dict[str, Any], parameter: Tensor) -> tuple[Sums | None, bool]:
         if not _is_matrix(group, parameter) or not self._corrects(group):

@@ -13,16 +13,11 @@ from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from lagless._validation import Settings
 from lagless.execution import compiled, fits_kernel, flat, local, on_device, sum_over
+from lagless.optim._settings import require_learning_rate
 from lagless.optim.bias_corrected._base import STANDARD, BiasCorrected
 from lagless.optim.bias_corrected._elements import move, pieces
-from lagless.optim.bias_corrected._hyperparameters import (
-    require,
-    require_betas,
-    require_nonnegative,
-    require_positive,
-    require_steps,
-)
 from lagless.optim.bias_corrected._microbatches import Collected
 from lagless.optim.bias_corrected._report import CorrectionSums
 from lagless.optim.bias_corrected._sums import Power, PowerSums, Sums
@@ -220,16 +215,17 @@ class BiasCorrectedSophia(BiasCorrected):
         return bool(group["params"]) and max(taken, default=0) % group["hessian_freq"] == 0
 
     def _check(self, group: dict[str, Any]) -> None:
-        require_betas(self, group)
-        require_nonnegative(self, group, "lr", "weight_decay")
-        require_positive(self, group, "eps", "rho", "batch_size", "clip")
-        require_steps(self, group, "hessian_freq", minimum=1)
+        check = Settings(self, group)
+        require_learning_rate(self, group["lr"])
+        check.decays("betas")
+        check.numbers("weight_decay", minimum=0.0)
+        check.numbers("eps", "rho", "batch_size", "clip", above=0.0)
+        check.integers("hessian_freq", minimum=1)
+        check.flags("compile")
         reason = ": the method has no other form for curvature, which has its own labels and is kept between estimates"
         allowed = "'none' or 'split'" + (reason if group["cross_fit"] in ("symmetric", "leave_one_out") else "")
-        require(self, group, "cross_fit", group["cross_fit"] in ("none", "split"), allowed)
-        corrections = ("none", "post_ema", "pre_ema")
-        good = group["inverse_correction"] in corrections
-        require(self, group, "inverse_correction", good, f"one of {corrections}")
+        check.that("cross_fit", group["cross_fit"] in ("none", "split"), allowed)
+        check.choice("inverse_correction", ("none", "post_ema", "pre_ema"))
 
     def _needs(self, group: dict[str, Any], parameter: Tensor) -> tuple[Sums | None, bool]:
         return PowerSums((Power(1, 0),), group["compile"]) if group["cross_fit"] == "split" else None, False
