@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tests.model_files import files_under
 
-from lagless.checkpoints import CheckpointError, open_checkpoint
+from lagless.checkpoints import CheckpointError, _atomic_folder, open_checkpoint
 from lagless.checkpoints._atomic_folder import check_destination
 from lagless.checkpoints._layout import plan_layout
 from lagless.checkpoints._safetensors_format import TensorInfo
@@ -184,6 +184,7 @@ def test_a_failed_overwrite_keeps_the_old_folder(tmp_path: Path, monkeypatch: py
             raise OSError(errno.EBUSY, "Device or resource busy")
         real(source, target)
 
+    monkeypatch.setattr(_atomic_folder, "exchange", lambda *_: False)
     monkeypatch.setattr(os, "rename", second_fails)
     with pytest.raises(CheckpointError, match="out: cannot be put in place .Device or resource busy"):
         _write(out, [""])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 from lagless.checkpoints._errors import CheckpointError
+from lagless.checkpoints._exchange import exchange
 
 RECORD = "lagless.json"
 
@@ -56,8 +59,15 @@ def _written_here(out: Path, entry: Path) -> bool:
 class Destination:
     """A temporary folder beside ``out`` that takes its name when complete, and vanishes on any error.
 
+    What ``out`` holds when this object is made is replaced, in one step where the file system can. If that has changed
+    when the work is complete, ``out`` stays as it is and the new folder is discarded.
+
     Args:
         out: the folder to be made; its parents are made as needed.
+        overwrite: whether what ``out`` holds when this object is made may be replaced.
+
+    Raises:
+        CheckpointError: if ``out`` cannot be made, or changed while the work went on.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp()) / "out"
@@ -67,11 +77,12 @@ class Destination:
     ['file']
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, overwrite: bool = True) -> None:
         # A link is followed: the folder it names is replaced, the link stays.
         self._out = out.resolve()
         self._temporary = self._sibling("tmp")
         self._made_parents: list[Path] = []
+        self._seen = _contents(self._out) if overwrite else {}
 
     def __enter__(self) -> Path:
         parent = self._out.parent
@@ -96,21 +107,67 @@ class Destination:
                         made.rmdir()
 
     def _replace(self) -> None:
-        old = self._sibling("old")
         try:
-            if self._out.exists():
-                os.rename(self._out, old)
+            if not self._seen:
+                # Renaming a folder fails on anything but nothing or an empty folder: what appeared meanwhile stays.
+                os.rename(self._temporary, self._out)
+                return
+            self._require_unchanged(self._out)
+            if exchange(self._temporary, self._out):
+                try:
+                    self._require_unchanged(self._temporary)
+                except CheckpointError:
+                    exchange(self._temporary, self._out)
+                    raise
+                return
+            self._replace_in_two_steps()
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise self._changed() from error
+            raise CheckpointError(
+                f"{self._out}: cannot be put in place ({error.strerror}). Choose another output folder."
+            ) from error
+
+    def _replace_in_two_steps(self) -> None:
+        """For file systems without an exchange: a process killed in between leaves the old folder beside ``out``."""
+        old = self._sibling("old")
+        os.rename(self._out, old)
+        try:
+            self._require_unchanged(old)
             os.rename(self._temporary, self._out)
-        except BaseException as error:
-            if old.exists() and not self._out.exists():
+        except BaseException:
+            if not self._out.exists():
                 os.rename(old, self._out)
-            if isinstance(error, OSError):
-                raise CheckpointError(
-                    f"{self._out}: cannot be put in place ({error.strerror}). Choose another output folder."
-                ) from error
             raise
-        if old.exists():
-            shutil.rmtree(old)
+        shutil.rmtree(old)
+
+    def _require_unchanged(self, folder: Path) -> None:
+        if _contents(folder) != self._seen:
+            raise self._changed()
+
+    def _changed(self) -> CheckpointError:
+        winner = "another run of lagless wrote it" if (self._out / RECORD).is_file() else "lagless did not write it"
+        if self._seen:
+            winner = "files in it are not those that were there at the start"
+        return CheckpointError(
+            f"{self._out}: changed while the work went on ({winner}). It stays as it is, and the new result was "
+            "discarded. Choose another output folder, or move this one away, and run again."
+        )
 
     def _sibling(self, word: str) -> Path:
         return self._out.parent / f".{self._out.name}.{word}-{secrets.token_hex(4)}"
+
+
+def _contents(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Inode, size and time of change of all that is in ``folder``; nothing if there is no such folder.
+
+    Of folders only the inode counts: what is in them is looked at itself.
+    """
+    found = {}
+    for entry in sorted(folder.rglob("*")) if folder.is_dir() else []:
+        status = entry.lstat()
+        is_folder = stat.S_ISDIR(status.st_mode)
+        found[str(entry.relative_to(folder))] = (
+            (status.st_ino, 0, 0) if is_folder else (status.st_ino, status.st_size, status.st_mtime_ns)
+        )
+    return found

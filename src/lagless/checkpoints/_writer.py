@@ -39,9 +39,11 @@ class ModelWriter:
         dtype: the type for ``config.json`` to name; ``"auto"`` leaves it as it is.
         ranks: processes that write into the same folders; all of them enter and leave together, and the first makes the
             folders and puts them in place.
+        overwrite: whether what ``out`` holds on entry may be replaced.
 
     Raises:
-        CheckpointError: if the disk is full or fails, or if a value does not fit into float16.
+        CheckpointError: if the disk is full or fails, if ``out`` changed while the work went on, or if a value does not
+            fit into float16.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class ModelWriter:
         companions: Path | None = None,
         dtype: str = "auto",
         ranks: Ranks | None = None,
+        overwrite: bool = True,
     ) -> None:
         self._out, self._names, self._layout = out, list(names), layout
-        self._companions, self._dtype = companions, dtype
+        self._companions, self._dtype, self._overwrite = companions, dtype, overwrite
         self._ranks = ranks or Ranks()
         self._stack = ExitStack()
         self._folders: list[Path] = []
@@ -101,7 +104,7 @@ class ModelWriter:
         self._ranks.together(lambda: write() if self._ranks.rank == 0 else None)
 
     def _make(self, stack: ExitStack) -> Path:
-        temporary = stack.enter_context(Destination(self._out))
+        temporary = stack.enter_context(Destination(self._out, self._overwrite))
         with self._reporting():
             for name in self._names:
                 self._prepare(temporary / name)

@@ -69,7 +69,8 @@ def export_model(
                 check_destination(out, [], overwrite)
                 companions = Path(stack.enter_context(TemporaryDirectory()))
                 _save_companions(module, tokenizer, companions)
-                writers.append(stack.enter_context(ModelWriter(out, [""], layout, companions, _one_dtype(layout))))
+                writer = ModelWriter(out, [""], layout, companions, _one_dtype(layout), overwrite=overwrite)
+                writers.append(stack.enter_context(writer))
                 writers[0].write_texts(RECORD, [record])
 
         def write(key: str, whole: Tensor) -> None:

@@ -158,7 +158,7 @@ def average_checkpoints(
         return summaries
     weights = np.array([summary.weights for summary in summaries])
     ranks = Ranks(group)
-    with ModelWriter(out, list(named), layout, _companions_folder(trajectory), dtype, ranks) as writer:
+    with ModelWriter(out, list(named), layout, _companions_folder(trajectory), dtype, ranks, overwrite) as writer:
         prints = stream_product(
             trajectory.checkpoints,
             weights,
