@@ -17,7 +17,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lagless import BEMA, DEMA, EMA, OUEMA, Averager, WindowAverage
-from lagless.checkpoints import CheckpointError
+from lagless.execution import RankError
 from lagless.execution._sharding import Sharding
 
 RULES = {
@@ -389,7 +389,7 @@ def check_ranks_with_different_parameters_are_refused(rank: int, world: int, fol
     averager = Averager({f"stage {rank}": distribute_tensor(torch.ones(4), mesh, [Shard(0)])}, EMA())
     try:
         averager.save(folder / "state.safetensors")
-    except CheckpointError as error:
+    except RankError as error:
         assert "differ between ranks, as in pipeline parallelism" in str(error)
     else:
         raise AssertionError("saved")
@@ -428,7 +428,7 @@ def check_one_rank_failing_to_save_leaves_the_old_file(rank: int, world: int, fo
     state.byte_view = fail
     try:
         averager.save(path)
-    except (OSError, CheckpointError) as error:
+    except (OSError, RankError) as error:
         assert isinstance(error, OSError) == (rank == world - 1)
         assert "No space left" in str(error)
     else:

@@ -20,6 +20,7 @@ from lagless.cli._console import err, out
 from lagless.cli._evaluate import evaluate, tune_command
 from lagless.cli._report import report
 from lagless.cli._train import recipes, sweep, train
+from lagless.execution import RankError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,7 +45,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)  # so that what is half-written is removed, as after Ctrl-C
     try:
         app()
-    except (CheckpointError, ValueError, OSError, ImportError, SafetensorError) as error:
+    except (CheckpointError, RankError, ValueError, OSError, ImportError, SafetensorError) as error:
         text = str(error)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
             text = f"the disk is full ({text}). Free some space, or choose another output folder; nothing was kept."

@@ -15,6 +15,7 @@ from lagless.execution._compiled import (
     on_device as on_device,
 )
 from lagless.execution._devices import counts as counts, exact_dtype as exact_dtype
+from lagless.execution._errors import RankError as RankError
 from lagless.execution._lerp_c import LERP_C_SMALLEST as LERP_C_SMALLEST, fits_lerp_c as fits_lerp_c, lerp_c as lerp_c
 from lagless.execution._lerp_compiled import KERNEL_SMALLEST as KERNEL_SMALLEST, lerp_compiled as lerp_compiled
 from lagless.execution._pace_c import fits_pace_c as fits_pace_c, pace_step_c as pace_step_c
