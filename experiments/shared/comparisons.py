@@ -43,6 +43,12 @@ def losses(seeds: Mapping[int, Cell], name: str, part: str) -> np.ndarray:
     return np.array([cell["averages"][name][part] for cell in seeds.values()])
 
 
+def summary(cell: Cell, name: str) -> dict[str, Any]:
+    """Return an average's weight on θ_0, mean age / T, effective iterates and clock."""
+    kept = ("theta_0", "age", "iterates", "T", "gamma", "phi")
+    return {key: value for key, value in cell["averages"][name].items() if key in kept}
+
+
 class Best:
     """The setting with the lowest loss on the tuning part, mean over the seeds of a condition.
 
@@ -132,19 +138,13 @@ def compare(claims: Sequence[Claim], cells: Cells, part: str) -> list[Comparison
             )
             x = losses(sides[0], method, part) - losses(sides[1], baseline, part)
             at_edge = [f"method's {axis}" for axis in edge] + [f"baseline's {axis}" for axis in baseline_edge]
-            summaries = [
-                {key: value for key, value in sides[i][shared[0]]["averages"][name].items() if key in SUMMARY}
-                for i, name in enumerate((method, baseline))
-            ]
+            summaries = [summary(runs[shared[0]], name) for runs, name in zip(sides, (method, baseline), strict=True)]
             found.append(
                 Comparison(
                     claim, condition, method, baseline, at_edge, crossed_mean(x), mean(x.mean(0).tolist()), *summaries
                 )
             )
     return found
-
-
-SUMMARY = ("theta_0", "age", "iterates", "T", "gamma", "phi")
 
 
 @dataclass(frozen=True)
@@ -174,63 +174,3 @@ def _verdict(comparison: Comparison, p: float, floor: float) -> Verdict:
         return Verdict.CONTRADICTED if matters and difference.value > 0 else Verdict.NOT_SEEN
     small = verdict(difference, claimed=1, p_value=p, floor=floor) is Verdict.TOO_SMALL
     return Verdict.REPRODUCED if small else Verdict.CONTRADICTED if matters else Verdict.NOT_SEEN
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How an average does against the live weights of the same runs, over all runs.
-
-    Attributes:
-        name: of the average.
-        mean: by part, the mean difference over runs.
-        worst: by part, the largest.
-        worst_run: of which run and part the largest of all is.
-        constant: mean on the reporting part over the runs at a constant rate.
-        decayed: and over those whose rate decays.
-        summary: weight on θ_0, mean age / T, effective iterates, clock.
-    """
-
-    name: str
-    mean: Mapping[str, float]
-    worst: Mapping[str, float]
-    worst_run: str
-    constant: float
-    decayed: float
-    summary: Mapping[str, Any]
-
-
-def standings(cells: Cells, names: Sequence[str], parts: Sequence[str], live: str = "live") -> list[Standing]:
-    """Return how every named average stands against the live weights; ``parts[0]`` is the one that runs train for."""
-    found = []
-    for name in names:
-        rows: list[tuple[Condition, int, dict[str, float], Mapping[str, Any]]] = []
-        for condition, seeds in cells.items():
-            for seed, cell in seeds.items():
-                entry, base = cell["averages"][name], cell["averages"][live]
-                rows.append((condition, seed, {p: float(np.mean(entry[p]) - np.mean(base[p])) for p in parts}, entry))
-        condition, seed, at, _ = max(rows, key=lambda row: max(row[2].values()))
-        constant, decayed = (
-            [row[2][parts[0]] for row in rows if (row[0].schedule == "constant") is kept] for kept in (True, False)
-        )
-        found.append(
-            Standing(
-                name,
-                {p: float(np.mean([row[2][p] for row in rows])) for p in parts},
-                {p: max(row[2][p] for row in rows) for p in parts},
-                f"{max(at, key=at.__getitem__)}; {condition}, seed {seed}",
-                float(np.mean(constant)) if constant else math.nan,
-                float(np.mean(decayed)) if decayed else math.nan,
-                {key: value for key, value in rows[0][3].items() if key in SUMMARY},
-            )
-        )
-    return found
-
-
-def decide(found: Sequence[Standing], floor: float) -> list[Standing]:
-    """Return the averages whose worst case is within ``floor`` of the smallest, the best mean first.
-
-    The mean is that of the first part.
-    """
-    least = min(max(s.worst.values()) for s in found)
-    equal = [s for s in found if max(s.worst.values()) <= least + floor]
-    return sorted(equal, key=lambda s: next(iter(s.mean.values())))

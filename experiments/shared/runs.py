@@ -17,6 +17,8 @@ from experiments.shared.evaluation import Evaluator
 from experiments.shared.training import Setting, load_model, train
 from transformers import AutoTokenizer
 
+Averages = Callable[[Sequence[int]], Iterable[Average]]  # from the steps of the stored iterates
+
 
 class Runs:
     """The runs of a study: finished ones are read, missing ones made.
@@ -26,7 +28,7 @@ class Runs:
         work: folder of tokens and iterates.
         results: folder of a JSON file per run.
         model: folder of the initial model.
-        averages: from the steps of the stored iterates to the averages to be evaluated.
+        averages: the averages to be evaluated.
         parts: from an average to the parts of the held-out text that it is evaluated on.
 
     Attributes:
@@ -39,7 +41,7 @@ class Runs:
         work: Path,
         results: Path,
         model: Path,
-        averages: Callable[[Sequence[int]], Iterable[Average]],
+        averages: Averages,
         parts: Callable[[Average], Sequence[str]],
     ) -> None:
         self._model, self._work, self._results = model, work / "runs", results
@@ -51,14 +53,15 @@ class Runs:
         """Return the stored iterates of a run, training it first if they are missing."""
         return array_once(self._work / f"{setting.name}.npy", lambda: self._train(setting))
 
-    def result(self, setting: Setting, only: Sequence[str] | None = None) -> dict[str, Any]:
+    def result(self, setting: Setting, averages: Averages | None = None) -> dict[str, Any]:
         """Return the losses of a run's averages, document by document, evaluating them first if they are missing.
 
         Args:
             setting: of the run.
-            only: names of averages, for a run that all need not be known of.
+            averages: for this run, if they are others.
         """
-        return once(self._results / f"{setting.name}.json", lambda: self._evaluate(setting, only))
+        made = averages or self._averages
+        return once(self._results / f"{setting.name}.json", lambda: self._evaluate(setting, made))
 
     def _train(self, setting: Setting) -> np.ndarray:
         iterates, record = train(load_model(self._model), setting, self.text.training)
@@ -66,15 +69,13 @@ class Runs:
         store(self._work / f"{setting.name}.json", {**record, "environment": environment()})
         return iterates
 
-    def _evaluate(self, setting: Setting, only: Sequence[str] | None) -> dict[str, Any]:
+    def _evaluate(self, setting: Setting, averages: Averages) -> dict[str, Any]:
         iterates = self.iterates(setting)
         if self._evaluator is None:
             self._evaluator = Evaluator(load_model(self._model), self.text.parts)
         steps = list(range(0, setting.steps + 1, setting.every))
         begun, found = time.process_time(), {}
-        for average in self._averages(steps):
-            if only is not None and average.name not in only:
-                continue
+        for average in averages(steps):
             weights = (average.weights @ iterates.astype(np.float64)).astype(np.float32)
             losses = self._evaluator.document_losses(weights, self._parts(average))
             found[average.name] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,15 @@ from typing import Any
 from experiments.shared.cells import store
 from experiments.shared.comparisons import (
     Cell,
+    Cells,
     Claim,
     Judged,
-    Standing,
     by_condition,
     compare,
-    decide,
     judge,
     losses,
-    standings,
 )
+from experiments.shared.decision import Standing, decide, mean_over_conditions, standings
 
 PARTS = ("reporting", "plays", "stories")
 TEXTS = {"reporting": "books", "plays": "plays", "stories": "stories"}
@@ -38,6 +37,7 @@ class Plan:
         claims: in the order of the page.
         candidates: families that a default rule is chosen from.
         beside: names of averages that are shown beside them.
+        present: the average that is the default at present.
         floor: smallest difference worth naming, nats per token.
         least_seeds: fewer are not judged.
     """
@@ -48,6 +48,7 @@ class Plan:
     claims: Sequence[Claim]
     candidates: Sequence[str]
     beside: Sequence[str]
+    present: str
     floor: float
     least_seeds: int
 
@@ -78,9 +79,22 @@ def summarise(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
         "floor": plan.floor,
         "claims": [_claim(one) for one in judged],
         "decision": [s.name for s in chosen],
+        "against_present": [_against(deciding, s.name, plan.present) for s in chosen],
         "standings": [_standing(s) for s in standing],
         "beside": [_standing(s) for s in standings(deciding, plan.beside, PARTS)] if deciding else [],
         "others": [_standing(s) for s in standings(others, candidates, PARTS)] if others else [],
+    }
+
+
+def _against(cells: Cells, name: str, present: str) -> dict[str, Any]:
+    difference, by_documents = mean_over_conditions(cells, name, present, PARTS[0])
+    return {
+        "name": name,
+        "present": present,
+        "difference": _number(difference.value),
+        "standard_error": _number(difference.standard_error),
+        "standard_error_of_documents_alone": _number(by_documents.standard_error),
+        "seeds": difference.n,
     }
 
 
@@ -153,6 +167,9 @@ def _page(plan: Plan, summary: Mapping[str, Any]) -> str:
         f"Difference to the live weights of the same run. Rules whose worst case, over all AdamW runs and the three "
         f"texts, is within {plan.floor} of the smallest are equal (marked *); the best mean on books wins among them. "
         f"Chosen by these runs: **{summary['decision'][0] if summary['decision'] else 'none yet'}**.",
+        *(_against_present(summary["against_present"]) if summary["decision"] else []),
+        *_by_width(summary["standings"]),
+        "### All candidates",
         _standings(summary["standings"], summary["decision"]),
         "Beside them, over the same runs:",
         _standings(summary["beside"], []),
@@ -174,16 +191,56 @@ def _page(plan: Plan, summary: Mapping[str, Any]) -> str:
 
 def _claim_row(c: Mapping[str, Any]) -> list[Any]:
     at = c["condition"]
-    error = f"± {c['standard_error'] or 0:.4f}"
-    if c["standard_error"] is None:
-        error = f"(± {c['standard_error_of_documents_alone']:.4f})"
     method = c["method"]
     edge = f" (edge: {', '.join(c['at_edge'])})" if c["at_edge"] else ""
     return [
         c["key"], c["text"], c["source"], f"{at['optimizer']} {at['rate']:g}, {at['schedule']}, batch {at['batch']}",
-        c["seeds"], f"{c['difference']:+.4f} {error}", f"`{method['name']}`{edge}", f"{method['theta_0']:.3f}",
+        c["seeds"], f"{c['difference']:+.4f} {_error(c)}", f"`{method['name']}`{edge}", f"{method['theta_0']:.3f}",
         f"{method['age']:.3f}", f"{method['iterates']:.1f}", c["verdict"] or "too few seeds",
     ]  # fmt: skip
+
+
+def _error(row: Mapping[str, Any]) -> str:
+    if row["standard_error"] is None:
+        return f"(± {row['standard_error_of_documents_alone']:.4f})"
+    return f"± {row['standard_error']:.4f}"
+
+
+def _against_present(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    present = rows[0]["present"]
+    return [
+        f"Against the present default, `{present}`, on books, mean over the conditions:",
+        _table(
+            ["rule", f"minus `{present}`", "seeds in all conditions"],
+            [[f"`{row['name']}`", f"{row['difference']:+.4f} {_error(row)}", row["seeds"]] for row in rows],
+        ),
+    ]
+
+
+COLUMNS = {
+    "EMA": "ema-f f={f}",
+    **{f"θ_0, c = {c}": f"bema-f f={{f}} c={c}" for c in ("0.25", "0.5", "1")},
+    **{f"slow, c = {c}": f"slow-bema-f f={{f}} c={c}" for c in ("0.25", "0.5", "1")},
+    "DEMA": "dema-f f={f}",
+}
+
+
+def _by_width(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Tables of width by anchor and share of the lag removed."""
+    named = {row["name"]: row for row in rows}
+    shown: list[tuple[str, Callable[[Mapping[str, Any]], float | None]]] = [
+        ("Books, mean over the runs at a constant rate", lambda row: row["mean_constant"]),
+        ("Books, mean over the runs whose rate decays", lambda row: row["mean_decayed"]),
+        ("Worst of all runs and texts", lambda row: max(row["worst"].values())),
+    ]
+    widths = [row["name"].removeprefix("ema-f f=") for row in rows if row["name"].startswith("ema-f ")]
+    found = []
+    for title, value in shown:
+        table = [[f, *(value(named[name.format(f=f)]) for name in COLUMNS.values())] for f in widths]
+        if not any(None in line for line in table):
+            numbers = [[line[0], *(f"{number:+.4f}" for number in line[1:])] for line in table]
+            found += [f"### {title}", _table(["f", *COLUMNS], numbers)]
+    return found
 
 
 def _standings(rows: Sequence[Mapping[str, Any]], chosen: Sequence[str]) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from experiments.shared.averages import FRACTIONS, Average, endpoints, power_rules, profile_weights, scale_free_rules
 from experiments.shared.cells import array_once, once
-from experiments.shared.comparisons import Best, Claim, by_condition, compare, decide, judge, standings
+from experiments.shared.comparisons import Best, Claim, by_condition, compare, judge
+from experiments.shared.decision import decide, mean_over_conditions, standings
 from experiments.shared.training import Setting
 from experiments.studies import paper_clock
 
@@ -168,6 +169,15 @@ def test_the_default_is_the_best_mean_among_the_smallest_worst_cases():
     found = standings(cells, ["wide", "narrow", "middle"], ("reporting", "plays"))
     assert [s.name for s in decide(found, 0.002)] == ["middle", "narrow"]
     assert found[0].worst_run == "reporting; adamw 0.001, linear-to-0, batch 8, seed 0"
+
+
+def test_the_mean_over_conditions_is_over_the_seeds_that_all_have():
+    cells = [cell(seed, {"a": [1.0, 2.0 + seed], "b": [0.5, 1.0]}) for seed in (0, 1, 2)]
+    cells += [cell(seed, {"a": [3.0, 4.0], "b": [1.0, 1.5 + seed]}, "linear-to-0") for seed in (0, 1)]
+    difference, by_documents = mean_over_conditions(by_condition(cells), "a", "b", "reporting")
+    table = np.array([[0.5 + 2.0, 1.0 + 2.5], [0.5 + 2.0, 2.0 + 1.5]]) / 2
+    assert (difference.value, difference.n, difference.documents) == (table.mean(), 2, 2)
+    assert by_documents.standard_error == pytest.approx(abs(np.diff(table.mean(0)))[0] / 2)
 
 
 def test_the_page_states_every_claim():
