@@ -6,7 +6,7 @@
 
 #include <math.h>
 
-#include "shares.h"
+#include "parallel.h"
 
 enum { PLAIN, LEAVE_ONE_OUT, JACKKNIFE };
 

@@ -4,7 +4,7 @@
 
 #include <math.h>
 
-#include "shares.h"
+#include "parallel.h"
 
 enum { CHUNK = 1024 }; /* elements; of the weights they stay in the nearest cache from one average to the next */
 

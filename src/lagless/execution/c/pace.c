@@ -5,7 +5,7 @@
 
 #include <math.h>
 
-#include "shares.h"
+#include "parallel.h"
 
 enum { ROWS = 5 }; /* of a tensor: weights, gradient, first moment, second moment, average */
 
