@@ -11,7 +11,7 @@ from torch import nn
 from lagless import BEMA, DEMA, EMA, OUEMA, Averager, PowerEMA, UniformAverage, WindowAverage
 from lagless.optim import PACE
 from lagless.optim._average_step import average_step, average_step_on_device, pull_decay
-from lagless.rules._gains import Tick
+from lagless.rules import Tick
 from lagless.testing import OPTIMIZER_CHECKS
 from lagless.updates import pace_constants, pulled_adamw
 

@@ -42,7 +42,7 @@ def forward_weights(rule, steps):
     due = {tick.step: tick for tick in ticks(rule, steps)}
     for i, step in enumerate(steps[1:], start=1):
         unit = np.eye(len(steps))[i]
-        if rule.timing.follows(step):
+        if rule.schedule.follows(step):
             buffers[:] = unit
         elif step in due:
             update = rule.update(due[step])

@@ -10,8 +10,8 @@ from hypothesis import given, strategies as st
 
 import lagless
 from lagless import BEMA, DEMA, EMA, OUEMA, PowerEMA, UniformAverage, WindowAverage, mean_age, trajectory_weights
-from lagless.rules import named_rules, rule_from_dict, rule_to_dict
-from lagless.rules._gains import PowerSchedule, Tick
+from lagless.rules import Tick, named_rules, rule_from_dict, rule_to_dict
+from lagless.rules._gains import PowerSchedule
 from lagless.testing import RULE_CHECKS
 
 VECTORS = json.loads((Path(__file__).parent / "averaging_vectors.json").read_text())
@@ -48,7 +48,7 @@ def test_published_vectors(case):
     rule = getattr(lagless, case["rule"])(**case["args"])
     steps, latest = range(len(THETA)), 0
     for step, expected in enumerate(case["read_at_last_update"], start=1):
-        if rule.timing.updates(step) or rule.timing.follows(step):
+        if rule.schedule.updates(step) or rule.schedule.follows(step):
             latest = step
         weights = trajectory_weights(rule, steps, at=latest)
         np.testing.assert_allclose(weights @ THETA, expected, rtol=0, atol=1e-14)

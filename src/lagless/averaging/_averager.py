@@ -16,18 +16,18 @@ from torch.optim import Optimizer
 from lagless._deprecated import former_method
 from lagless._validation import require_integer
 from lagless.averaging._attachment import Attachment
-from lagless.averaging._buffers import AverageBuffers, RowUpdate
+from lagless.averaging._buffers import AverageBuffers
 from lagless.averaging._initial_weights import StoredStart, check_start
 from lagless.averaging._live import LiveTensors, Source
 from lagless.averaging._state import FORMAT, State, load_file, match, save_file
-from lagless.execution import Sharding, local
+from lagless.execution import RowUpdate, Sharding, combine, in_place_order, local, update_rows
 from lagless.rules import (
     InitialWeights,
     ReadCoefficients,
     Rule,
     Tick,
     named_rules,
-    read_between_updates,
+    read_after,
     require_updates,
     rule_to_dict,
 )
@@ -108,7 +108,7 @@ class Averager:
         self._live = LiveTensors(source)
         self._applied: str | None = None
         self._attachment: Attachment | None = None
-        self._last = {name: Tick(step, max(step, rule.update_after), 0) for name, rule in self.rules.items()}
+        self._last = {name: rule.schedule.begin(step) for name, rule in self.rules.items()}
 
         labels = list(dict.fromkeys(label for rule in self.rules.values() for label in rule.buffer_keys))
         self._index = {name: [labels.index(label) for label in rule.buffer_keys] for name, rule in self.rules.items()}
@@ -156,15 +156,14 @@ class Averager:
         self.step += 1
         rows: dict[int, RowUpdate] = {}
         for name, rule in self.rules.items():
-            if rule.update_after == self.step:
-                # Buffers follow the weights through burn-in, and can be read only later: its last step is enough.
-                _merge(rows, [RowUpdate(i, 0.0, (), 1.0) for i in self._index[name]], name)
-            elif rule.timing.updates(self.step):
-                self._last[name] = self._next(name)
-                _merge(rows, self._rows(name), name)
+            event = rule.schedule.advance(self._last[name], self.step)
+            self._last[name] = event.last
+            if rule.schedule.changes(self.step):
+                copies = [RowUpdate(i, 0.0, (), 1.0) for i in self._index[name]]
+                moved = update_rows(rule.update(event.last), self._index[name]) if event.updates else copies
+                _merge(rows, moved, name)
         if rows:
-            # A row depends on buffers registered before its own, so from the last to the first each sees old values.
-            self._buffers.update(live, [rows[i] for i in sorted(rows, reverse=True)], self.step)
+            self._buffers.update(live, in_place_order(rows.values()), self.step)
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Call :meth:`update` after every real step of ``optimizer`` from now on.
@@ -390,24 +389,11 @@ class Averager:
                 f"cannot {action} while the average {self._applied!r} is in the model; leave the applied() block first."
             )
 
-    def _next(self, name: str) -> Tick:
-        last = self._last[name]
-        return Tick(self.step, last.step if last.number else last.previous, last.number + 1)
-
-    def _rows(self, name: str) -> list[RowUpdate]:
-        """The rows of the rule's latest update that do anything."""
-        update, index = self.rules[name].update(self._last[name]), self._index[name]
-        rows: list[RowUpdate] = []
-        for i, (matrix_row, live) in enumerate(zip(update.matrix, update.live, strict=True)):
-            others = tuple((index[j], w) for j, w in enumerate(matrix_row) if w != 0.0 and j != i)
-            if others or live != 0.0 or matrix_row[i] != 1.0:
-                rows.append(RowUpdate(index[i], matrix_row[i], others, live))
-        return rows
-
     def _coefficients(self, name: str) -> ReadCoefficients:
         """c and d of a read now, with the tail counted in."""
-        rule, last = self.rules[name], self._last[name]
-        if last.number == 0:
+        rule = self.rules[name]
+        read = read_after(rule, self._last[name], self.step)
+        if read is None:
             raise RuntimeError(
                 f"{name!r} has had no update in {self.step} steps (update_after={rule.update_after}, "
                 f"update_freq={rule.update_freq}), so there is no average yet. "
@@ -417,10 +403,7 @@ class Averager:
                     else "Call attach(optimizer), or update() after every step."
                 )
             )
-        if last.step == self.step:
-            return rule.read(last)
-        tick = self._next(name)
-        return read_between_updates(rule.update(tick), rule.read(tick))
+        return read
 
     def _values(self, name: str) -> Iterator[Tensor]:
         """The averaged tensors one by one, in float32 or wider."""
@@ -432,27 +415,16 @@ class Averager:
 
         def values() -> Iterator[Tensor]:
             for n, (parameter, live) in enumerate(zip(self._live.names, self._live.tensors(), strict=True)):
-                terms = [(live, live_weight)] if live_weight != 0.0 else []
+                terms = [(live, live_weight)]
                 for i, weight in weighted:
                     buffer = self._buffers.buffers[i]
                     if buffer:
                         terms.append((buffer[n], weight))
                     elif stored is not None and base is not None:
                         terms.append((stored.read(base, parameter), weight))
-                yield _combine(terms, live.device, torch.promote_types(live.dtype, torch.float32))
+                yield combine(terms, live.device, torch.promote_types(live.dtype, torch.float32))
 
         return values()
-
-
-def _combine(terms: list[tuple[Tensor, float]], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Σ weight · tensor as a new tensor. A single term of weight 1 is a copy, bit for bit."""
-    (first, weight), *others = terms
-    total = first.to(device, dtype, copy=True)
-    if weight != 1.0:
-        total.mul_(weight)
-    for tensor, weight in others:
-        total.add_(tensor.to(device, dtype), alpha=weight)
-    return total
 
 
 def _merge(rows: dict[int, RowUpdate], new: list[RowUpdate], name: str) -> None:

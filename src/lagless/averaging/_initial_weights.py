@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lagless.averaging._live import LiveTensors
 from lagless.checkpoints import Checkpoint, fingerprint, open_checkpoint
-from lagless.rules import InitialWeights, Rule, Tick
+from lagless.rules import InitialWeights, Rule
 
 
 def check_start(rules: Mapping[str, Rule], step: int) -> None:
@@ -24,7 +24,7 @@ def check_start(rules: Mapping[str, Rule], step: int) -> None:
     if step != 0:
         raise ValueError(f"start is the model at step 0, but step={step}; leave start out when joining a run.")
     for name, rule in rules.items():
-        first = rule.update(Tick(rule.update_after + rule.update_freq, rule.update_after, 1))
+        first = rule.update(rule.schedule.tick_at(rule.update_after + rule.update_freq))
         for i, label in enumerate(rule.buffer_keys):
             read_back = any(row[i] != 0.0 for j, row in enumerate(first.matrix) if j != i)
             if isinstance(label, InitialWeights) and (rule.update_after > 0 or read_back):

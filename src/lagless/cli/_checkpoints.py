@@ -237,7 +237,7 @@ def _print_averages(summaries: Sequence[AverageSummary]) -> None:
 
 def _notes(s: AverageSummary) -> Iterator[str]:
     """What a user may not expect of this average."""
-    skipped = [step for step in s.steps[1:] if step > s.rule.update_after and not s.rule.timing.updates(step)]
+    skipped = [step for step in s.steps[1:] if step > s.rule.update_after and not s.rule.schedule.updates(step)]
     if skipped[-1:] == [s.steps[-1]]:
         skipped.pop()  # the last one counts in any case
     if skipped:

@@ -28,7 +28,14 @@ from lagless.execution._process_sums import (
 from lagless.execution._product_c import Pieces as Pieces, Product as Product
 from lagless.execution._ranks import Ranks as Ranks
 from lagless.execution._rounding import Noise as Noise
-from lagless.execution._rows import RowUpdate as RowUpdate, apply_row as apply_row, buffer_dtype as buffer_dtype
+from lagless.execution._rows import (
+    RowUpdate as RowUpdate,
+    apply_row as apply_row,
+    buffer_dtype as buffer_dtype,
+    combine as combine,
+    in_place_order as in_place_order,
+    update_rows as update_rows,
+)
 from lagless.execution._sharding import (
     Sharding as Sharding,
     fsdp_modules as fsdp_modules,

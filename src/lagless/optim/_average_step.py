@@ -16,7 +16,7 @@ from lagless.rules import (
     Rule,
     Tick,
     UpdateCoefficients,
-    read_between_updates,
+    read_after,
 )
 
 
@@ -55,28 +55,14 @@ def average_step(rule: Rule, step: int) -> AverageStep:
     first = ReadCoefficients((1.0,) + (0.0,) * (size - 1), 0.0)
     if step <= rule.update_after:
         return AverageStep(first, UpdateCoefficients(((0.0,) * size,) * size, (1.0,) * size), 0.0)
-    last = last_update(rule, step - 1)
+    last, tick = rule.schedule.last(step - 1), rule.schedule.tick_at(step)
     target = rule.read(last) if last.number else first
-    tick = Tick(step, last.step, last.number + 1)
-    return AverageStep(target, rule.update(tick) if rule.timing.updates(step) else None, pull_decay(rule, tick))
-
-
-def last_update(rule: Rule, step: int) -> Tick:
-    """The rule's latest update at ``step``; number 0 if there was none."""
-    number = max(0, step - rule.update_after) // rule.update_freq
-    at = rule.update_after + number * rule.update_freq
-    return Tick(at, at - rule.update_freq if number else at, number)
+    return AverageStep(target, rule.update(tick) if rule.schedule.updates(step) else None, pull_decay(rule, tick))
 
 
 def coefficients(rule: Rule, step: int) -> ReadCoefficients | None:
-    """How the average is read after ``step``, with the tail counted in; None before the first update."""
-    last = last_update(rule, step)
-    if last.number == 0:
-        return None
-    if last.step == step:
-        return rule.read(last)
-    tick = Tick(step, last.step, last.number + 1)
-    return read_between_updates(rule.update(tick), rule.read(tick))
+    """Return how the average is read after ``step``, with the tail counted in; None before the first update."""
+    return read_after(rule, rule.schedule.last(step), step)
 
 
 def pull_decay(rule: Rule, tick: Tick) -> float:
@@ -101,13 +87,10 @@ def average_step_on_device(rule: Rule, steps: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors of shape (n,).
     """
-    after, every = rule.update_after, rule.update_freq
-    number = ((steps - after - 1).clamp(min=0) / every).floor() + 1  # of the update that is next, or now
-    gain: Any = _gain(rule)  # of a tick of tensors it is a tensor
-    ones = torch.ones_like(steps)
-    beta = gain(Tick(*cast(Any, (steps, after + (number - 1) * every, number)))) * ones
-    decay = ones if isinstance(gain, ConstantGain) else gain(Tick(*cast(Any, (steps, steps - 1, number)))) * ones
-    follows, due = steps <= after, (steps - after) % every == 0
+    schedule, now = rule.schedule, cast(Any, steps)  # the clock takes tensors as it takes numbers
+    tick, ones = schedule.tick_at(now), torch.ones_like(steps)
+    beta, decay = (number * ones for number in (rule.update(tick).live[0], pull_decay(rule, tick)))
+    follows, due = cast(Any, schedule.follows(now)), cast(Any, schedule.updates(now))
     return torch.where(follows, 1.0, torch.where(due, beta, 0.0)), torch.where(follows, 0.0, decay)
 
 

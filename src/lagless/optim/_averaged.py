@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lagless.execution import buffer_dtype, counts, local
+from lagless.execution import buffer_dtype, combine, counts, local
 from lagless.optim._average_step import coefficients
 from lagless.optim._loaded_state import require_fitting
 from lagless.rules import ReadCoefficients, Rule, rule_from_dict, rule_to_dict
@@ -241,8 +241,8 @@ class AveragedOptimizer(Optimizer):
             if read is not None:
                 state = self.state[parameter]
                 live = state.get(LIVE, parameter).detach()
-                terms = [(live, read.live), *zip((state[key] for key in average_keys(rule)), read.buffers, strict=True)]
-                yield parameter, _combine([(t, w) for t, w in terms if w != 0.0])
+                buffers = (state[key] for key in average_keys(rule))
+                yield parameter, combine([(live, read.live), *zip(buffers, read.buffers, strict=True)])
 
 
 def average_keys(rule: Rule) -> list[str]:
@@ -265,15 +265,3 @@ def _put(parameter: Tensor, live: Tensor) -> None:
         parameter.detach().copy_(live)
     else:
         parameter.data = live
-
-
-def _combine(terms: list[tuple[Tensor, float]]) -> Tensor:
-    """Σ weight · tensor as a new tensor in float32 or wider. A single term of weight 1 is a copy, bit for bit."""
-    (first, weight), *others = terms
-    wide = torch.promote_types(first.dtype, torch.float32)
-    total = first.to(wide, copy=True)
-    if weight != 1.0:
-        total.mul_(weight)
-    for tensor, weight in others:
-        total.add_(tensor.to(wide), alpha=weight)
-    return total

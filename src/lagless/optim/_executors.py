@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lagless.execution import Noise, Row, RowUpdate, apply_row, blocks, compiled, cut, flat
+from lagless.execution import Noise, Row, apply_row, blocks, compiled, cut, flat, update_rows
 from lagless.optim._average_step import AverageStep
 from lagless.optim._pull_statistics import PullStatistics
 from lagless.rules import ReadCoefficients, UpdateCoefficients
@@ -89,12 +89,9 @@ def towards(target: ReadCoefficients, buffers: Columns, weights: list[Tensor]) -
 
 
 def move_average(buffers: Columns, update: UpdateCoefficients, weights: list[Tensor], noise: Noise) -> None:
-    """``b ← M b + v θ`` in place: from the last buffer to the first, each sees the others' old values."""
-    for i in reversed(range(len(buffers))):
-        keep, live = update.matrix[i][i], update.live[i]
-        others = tuple((j, w) for j, w in enumerate(update.matrix[i]) if w != 0.0 and j != i)
-        if others or live != 0.0 or keep != 1.0:
-            apply_row(buffers, RowUpdate(i, keep, others, live), weights, noise)
+    """``b ← M b + v θ`` in place."""
+    for row in update_rows(update):
+        apply_row(buffers, row, weights, noise)
 
 
 def widened(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

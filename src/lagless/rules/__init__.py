@@ -2,6 +2,14 @@
 
 from lagless._deprecated import former_names as _former_names
 from lagless.rules._bias_corrected import BEMA as BEMA, OUEMA as OUEMA
+from lagless.rules._clock import (
+    Event as Event,
+    Tick as Tick,
+    UpdateSchedule as UpdateSchedule,
+    read_after as read_after,
+    read_between_updates as read_between_updates,
+    ticks as ticks,
+)
 from lagless.rules._exponential import DEMA as DEMA, EMA as EMA
 from lagless.rules._filter import (
     Anchor as Anchor,
@@ -12,12 +20,10 @@ from lagless.rules._filter import (
     count_updates as count_updates,
     effective_iterates as effective_iterates,
     mean_age as mean_age,
-    read_between_updates as read_between_updates,
     require_updates as require_updates,
     run_anchor as run_anchor,
     run_note as run_note,
     start_note as start_note,
-    ticks as ticks,
     trajectory_weights as trajectory_weights,
     weight_on_start as weight_on_start,
 )
@@ -28,9 +34,7 @@ from lagless.rules._gains import (
     PowerGain as PowerGain,
     PowerSchedule as PowerSchedule,
     ProfileGain as ProfileGain,
-    Tick as Tick,
     UniformGain as UniformGain,
-    UpdateSchedule as UpdateSchedule,
 )
 from lagless.rules._named import named_rules as named_rules
 from lagless.rules._reconstruction import Reconstruction as Reconstruction, reconstruct as reconstruct

@@ -7,7 +7,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from lagless._validation import check_choice, check_number
-from lagless.rules._gains import FORMS, Form, Tick, UpdateSchedule
+from lagless.rules._clock import Tick, UpdateSchedule
+from lagless.rules._gains import FORMS, Form
 from lagless.rules._power import check_power, power_clock, power_gain
 from lagless.rules._rule import EmaBuffer, InitialWeights, ReadCoefficients, Rule, UpdateCoefficients
 
@@ -47,9 +48,9 @@ class BEMA(Rule):
     Reference:
         Block and Zhang, *EMA Without the Lag*, arXiv 2508.00180, Algorithm 1; defaults from Table 2.
 
-    >>> from lagless.rules._gains import Tick
+    >>> from lagless.rules import Tick
     >>> BEMA(ema_power=0.0, bias_power=0.5, lag=0.0).read(Tick(step=400, previous=0, number=1))
-    Read(buffers=(-0.05, 1.0), live=0.05)
+    ReadCoefficients(buffers=(-0.05, 1.0), live=0.05)
     """
 
     ema_power: float = 0.5
@@ -79,14 +80,14 @@ class BEMA(Rule):
             )
 
     @property
-    def timing(self) -> UpdateSchedule:
+    def schedule(self) -> UpdateSchedule:
         return UpdateSchedule(self.update_after, self.update_freq, hold=self.form == "trl")
 
     @property
     def buffer_keys(self) -> tuple[Hashable, ...]:
         # What happens before the end of burn-in leaves no trace in the buffers, so neither does hold.
-        timing = UpdateSchedule(self.update_after, self.update_freq)
-        return InitialWeights(self.update_after), EmaBuffer(power_gain(self, self.form), timing)
+        schedule = UpdateSchedule(self.update_after, self.update_freq)
+        return InitialWeights(self.update_after), EmaBuffer(power_gain(self, self.form), schedule)
 
     def update(self, tick: Tick) -> UpdateCoefficients:
         beta = power_gain(self, self.form)(tick)
@@ -144,7 +145,7 @@ class OUEMA(Rule):
     @property
     def buffer_keys(self) -> tuple[Hashable, ...]:
         source = None if math.isinf(self.bias_power) else ("debiased", self.multiplier, self.bias_power)
-        return InitialWeights(self.update_after), EmaBuffer(power_gain(self), self.timing, source)
+        return InitialWeights(self.update_after), EmaBuffer(power_gain(self), self.schedule, source)
 
     def update(self, tick: Tick) -> UpdateCoefficients:
         beta, memory = power_gain(self)(tick), self._memory(tick.step)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from lagless._validation import check_choice, check_number
-from lagless.rules._gains import ConstantGain, Gain, HalfLifeGain, ProfileGain, Tick
+from lagless.rules._clock import Tick
+from lagless.rules._gains import ConstantGain, Gain, HalfLifeGain, ProfileGain
 from lagless.rules._power import POWER_ARGUMENTS, check_power, power_gain
 from lagless.rules._rule import EmaBuffer, ReadCoefficients, Rule, UpdateCoefficients, lerp
 
@@ -49,7 +50,7 @@ class EMA(Rule):
         Block and Zhang, *EMA Without the Lag*, arXiv 2508.00180, Algorithm 1 with α = 0 and Table 2. A half-life as a
         fraction of the run follows torchtitan's ``half_life_fraction`` to first order in Δ/t.
 
-    >>> from lagless.rules._gains import Tick
+    >>> from lagless.rules import Tick
     >>> EMA(half_life=100).update(Tick(step=100, previous=0, number=1)).live
     (0.5,)
     """
@@ -96,7 +97,7 @@ class EMA(Rule):
 
     @property
     def buffer_keys(self) -> tuple[Hashable, ...]:
-        return (EmaBuffer(self.gain, self.timing),)
+        return (EmaBuffer(self.gain, self.schedule),)
 
     def update(self, tick: Tick) -> UpdateCoefficients:
         return lerp(self.gain(tick))
@@ -141,7 +142,7 @@ class DEMA(Rule):
 
     @property
     def buffer_keys(self) -> tuple[Hashable, ...]:
-        first = EmaBuffer(power_gain(self), self.timing)
+        first = EmaBuffer(power_gain(self), self.schedule)
         return first, first._replace(source=first)
 
     def update(self, tick: Tick) -> UpdateCoefficients:

@@ -6,15 +6,15 @@ running the recursion backwards on the read coefficients (its adjoint), not forw
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lagless.rules._gains import Tick
-from lagless.rules._rule import InitialWeights, ReadCoefficients, Rule, UpdateCoefficients
+from lagless.rules._clock import read_between_updates, ticks
+from lagless.rules._rule import InitialWeights, ReadCoefficients, Rule
 
 FloatArray = NDArray[np.float64]
 
@@ -34,16 +34,6 @@ class Anchor(NamedTuple):
     weight: float
 
 
-def ticks(rule: Rule, steps: Sequence[int]) -> Iterator[Tick]:
-    """The updates that ``rule`` makes at the given steps; ``steps[0]`` is θ_0's own."""
-    previous, number = max(rule.update_after, steps[0]), 0
-    for step in steps[1:]:
-        if rule.timing.updates(step):
-            number += 1
-            yield Tick(step, previous, number)
-            previous = step
-
-
 def count_updates(rule: Rule, total_steps: int) -> int:
     """How many updates a run of ``total_steps`` optimizer steps gives.
 
@@ -51,7 +41,7 @@ def count_updates(rule: Rule, total_steps: int) -> int:
     >>> count_updates(BEMA(update_freq=400), 1000)
     2
     """
-    return max(0, total_steps - rule.update_after) // rule.update_freq
+    return rule.schedule.count(total_steps)
 
 
 def require_updates(rule: Rule, total_steps: int, after: int = 0) -> None:
@@ -66,15 +56,6 @@ def require_updates(rule: Rule, total_steps: int, after: int = 0) -> None:
             f"up to step {total_steps} from step {after} on: its average would be the initial model. "
             f"Choose update_after + update_freq <= {total_steps - after}."
         )
-
-
-def read_between_updates(update: UpdateCoefficients, read: ReadCoefficients) -> ReadCoefficients:
-    """The read coefficients of ``read`` after one more ``update``, in terms of the buffers before it: c ← cM, d ← d +
-    c·v.
-    """
-    size = range(len(read.buffers))
-    buffers = tuple(sum(read.buffers[i] * update.matrix[i][j] for i in size) for j in size)
-    return ReadCoefficients(buffers, read.live + sum(read.buffers[i] * update.live[i] for i in size))
 
 
 def trajectory_weights(rule: Rule, steps: ArrayLike, at: int | None = None) -> FloatArray:
@@ -106,7 +87,7 @@ def trajectory_weights(rule: Rule, steps: ArrayLike, at: int | None = None) -> F
     end = len(times) - 1 if at is None else _index(times, at)
     past = times[: end + 1]
     weights = np.zeros(len(times))
-    if rule.timing.follows(past[-1]) or end == 0:
+    if rule.schedule.follows(past[-1]) or end == 0:
         weights[end] = 1.0
         return weights
     updates = list(ticks(rule, past))
@@ -122,8 +103,7 @@ def trajectory_weights(rule: Rule, steps: ArrayLike, at: int | None = None) -> F
             f"Choose an update_freq that divides them, e.g. {common_update_freq(past, rule.update_after)}."
         )
     if updates[-1].step != past[-1]:
-        last = updates[-1]
-        updates.append(Tick(past[-1], last.step, last.number + 1))
+        updates.append(updates[-1].following(past[-1]))
 
     index = {step: i for i, step in enumerate(past)}
     coefficients = rule.read(updates[-1])
@@ -209,25 +189,16 @@ def run_anchor(rule: Rule, total_steps: int, start: int = 0, precision: float = 
         ValueError: if the rule makes no update in it.
     """
     require_updates(rule, total_steps, start)
-    begin, freq = max(start, rule.update_after), rule.update_freq
-    passed = (begin - rule.update_after) // freq
-    number = count_updates(rule, total_steps) - passed
-    last = rule.update_after + (passed + number) * freq
-    end = Tick(total_steps, last, number + 1)
-
-    def tick(k: int) -> Tick:
-        step = rule.update_after + (passed + k) * freq
-        return Tick(step, begin if k == 1 else step - freq, k)
-
+    schedule = rule.schedule
+    begin = schedule.begin(start).previous
     kept = [isinstance(label, InitialWeights) for label in rule.buffer_keys]
-    newest = tick(number) if last == total_steps else end
-    coefficients = rule.read(newest).buffers
-    for k in range(newest.number, 0, -1):
-        coefficients = read_between_updates(
-            rule.update(end if k > number else tick(k)), ReadCoefficients(coefficients, 0.0)
-        ).buffers
+    tick = schedule.tick_at(total_steps, start)
+    coefficients = rule.read(tick).buffers
+    while tick.number > 0:
+        coefficients = read_between_updates(rule.update(tick), ReadCoefficients(coefficients, 0.0)).buffers
         if sum(abs(c) for c, is_start in zip(coefficients, kept, strict=True) if not is_start) < precision:
             break
+        tick = schedule.last(tick.step - 1, start)
     return Anchor(begin, sum(coefficients))
 
 
@@ -316,5 +287,5 @@ def _short(times: Sequence[int]) -> str:
 
 def _origin(rule: Rule, past: Sequence[int]) -> int:
     """Index of the iterate that the buffers hold when burn-in ends: the last one followed, θ_0 if none was."""
-    followed = [i for i, step in enumerate(past) if i == 0 or rule.timing.follows(step)]
+    followed = [i for i, step in enumerate(past) if i == 0 or rule.schedule.follows(step)]
     return followed[-1]

@@ -1,4 +1,4 @@
-"""When a rule updates, and with which gain β.
+"""Gains: β as a function of the update.
 
 A gain is the weight a new iterate gets at an update, ``ema ← (1-β) ema + β θ_t``. Conventions elsewhere: *decay* is
 1-β; a *half-life* h in steps is β = 1 - 2^(-Δ/h) for an update Δ steps after the last one. Every gain here lies in
@@ -9,47 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
+
+from lagless.rules._clock import Tick, at_least
 
 Form = Literal["algorithm_1", "trl", "offline", "online", "pace"]
 FORMS: tuple[Form, ...] = ("algorithm_1", "trl", "offline", "online", "pace")
-
-
-class Tick(NamedTuple):
-    """One update, as a rule sees it.
-
-    Attributes:
-        step: t, the optimizer step of this update (1-based).
-        previous: the step of the update before it; the end of burn-in for the first one.
-        number: k, how many updates there are up to and including this one.
-    """
-
-    step: int
-    previous: int
-    number: int
-
-
-@dataclass(frozen=True)
-class UpdateSchedule:
-    """When buffers follow the live weights, when they are updated, when they rest.
-
-    Attributes:
-        update_after: τ, burn-in in optimizer steps.
-        update_freq: φ, optimizer steps from one update to the next.
-        hold: during burn-in keep θ_0 and refresh it once, at t = τ, instead of following the live weights.
-    """
-
-    update_after: int
-    update_freq: int
-    hold: bool = False
-
-    def follows(self, step: int) -> bool:
-        """Whether buffers are set to the live weights at ``step``: t ≤ τ (t = τ only, with ``hold``)."""
-        return step == self.update_after if self.hold else step <= self.update_after
-
-    def updates(self, step: int) -> bool:
-        """Whether ``step`` is an update: t > τ and (t - τ) mod φ = 0."""
-        return step > self.update_after and (step - self.update_after) % self.update_freq == 0
 
 
 class Gain(Protocol):
@@ -86,7 +51,7 @@ class PowerSchedule:
         if self.form == "online":
             return self.multiplier * (1.0 + max(0.0, step - self.lag)) ** -power
         if self.form == "pace":
-            return (1.0 + self.multiplier * _at_least(step - self.lag, 0.0)) ** -power
+            return (1.0 + self.multiplier * at_least(step - self.lag, 0.0)) ** -power
         return (self.lag + self.multiplier * step) ** -power
 
     def alpha(self, step: int, power: float) -> float:
@@ -108,7 +73,7 @@ class PowerGain:
 
     def __call__(self, tick: Tick) -> float:
         """See the class."""
-        return _at_least(self.clock.beta(tick.step, self.power), self.floor)
+        return at_least(self.clock.beta(tick.step, self.power), self.floor)
 
 
 @dataclass(frozen=True)
@@ -155,8 +120,3 @@ class UniformGain:
     def __call__(self, tick: Tick) -> float:
         """See the class."""
         return 1.0 / (tick.number + 1)
-
-
-def _at_least(value: float, bound: float) -> float:
-    # A tick of tensors, which an optimizer captured in a graph has, must not turn into a Python number.
-    return max(value, bound) if isinstance(value, int | float) else value.clamp(min=bound)

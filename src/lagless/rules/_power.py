@@ -6,7 +6,8 @@ import math
 from typing import Protocol
 
 from lagless._validation import check_number
-from lagless.rules._gains import Form, PowerGain, PowerSchedule, Tick
+from lagless.rules._clock import Tick
+from lagless.rules._gains import Form, PowerGain, PowerSchedule
 
 POWER_ARGUMENTS: tuple[str, ...] = ("ema_power", "multiplier", "lag", "min_ema_multiplier", "form")
 

@@ -14,7 +14,8 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 from lagless._validation import check_integer
-from lagless.rules._gains import Gain, Tick, UpdateSchedule
+from lagless.rules._clock import Tick, UpdateSchedule
+from lagless.rules._gains import Gain
 
 Row = tuple[float, ...]
 
@@ -40,10 +41,10 @@ class InitialWeights(NamedTuple):
 
 
 class EmaBuffer(NamedTuple):
-    """Label of a buffer that holds the EMA of ``source`` (None: of the iterates) with the given gain and timing."""
+    """Label of a buffer that holds the EMA of ``source`` (None: of the iterates) with the given gain and schedule."""
 
     gain: Gain
-    timing: UpdateSchedule
+    schedule: UpdateSchedule
     source: Hashable = None
 
 
@@ -52,7 +53,7 @@ class SnapshotBuffer(NamedTuple):
 
     slot: int
     window: int
-    timing: UpdateSchedule
+    schedule: UpdateSchedule
 
 
 class Rule(ABC):
@@ -74,7 +75,7 @@ class Rule(ABC):
         check_integer(self, "update_freq", minimum=1)
 
     @property
-    def timing(self) -> UpdateSchedule:
+    def schedule(self) -> UpdateSchedule:
         """When this rule follows, updates and rests."""
         return UpdateSchedule(self.update_after, self.update_freq)
 

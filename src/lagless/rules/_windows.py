@@ -9,7 +9,8 @@ from functools import cache
 import numpy as np
 
 from lagless._validation import check_integer, check_number
-from lagless.rules._gains import Gain, ProfileGain, Tick, UniformGain
+from lagless.rules._clock import Tick
+from lagless.rules._gains import Gain, ProfileGain, UniformGain
 from lagless.rules._rule import EmaBuffer, ReadCoefficients, Rule, SnapshotBuffer, UpdateCoefficients, lerp
 
 
@@ -37,7 +38,7 @@ class UniformAverage(Rule):
 
     @property
     def buffer_keys(self) -> tuple[Hashable, ...]:
-        return (EmaBuffer(UniformGain(), self.timing),)
+        return (EmaBuffer(UniformGain(), self.schedule),)
 
     def update(self, tick: Tick) -> UpdateCoefficients:
         return lerp(UniformGain()(tick))
@@ -88,7 +89,7 @@ class PowerEMA(Rule):
 
     @property
     def buffer_keys(self) -> tuple[Hashable, ...]:
-        return (EmaBuffer(self._gain, self.timing),)
+        return (EmaBuffer(self._gain, self.schedule),)
 
     @property
     def _gain(self) -> Gain:
@@ -130,7 +131,7 @@ class WindowAverage(Rule):
 
     @property
     def buffer_keys(self) -> tuple[Hashable, ...]:
-        return tuple(SnapshotBuffer(slot, self.window, self.timing) for slot in range(self.window))
+        return tuple(SnapshotBuffer(slot, self.window, self.schedule) for slot in range(self.window))
 
     def update(self, tick: Tick) -> UpdateCoefficients:
         newest = (tick.number - 1) % self.window

@@ -204,10 +204,10 @@ def choose(
     only_live = np.zeros((1, 2))
     only_live[0, 1] = 1.0
     found = [Setting("live", None, 0, *(_risks(processes[m], only_live, [0, problem.steps])[0] for m in MEASURES))]
-    by_timing = sorted(rules.items(), key=lambda item: _order(item[1].timing))
-    for timing, members in groupby(by_timing, key=lambda item: item[1].timing):
+    by_schedule = sorted(rules.items(), key=lambda item: _order(item[1].schedule))
+    for schedule, members in groupby(by_schedule, key=lambda item: item[1].schedule):
         group = list(members)
-        steps = update_steps(timing, problem.steps)
+        steps = update_steps(schedule, problem.steps)
         weights = np.stack([trajectory_weights(rule, steps) for _, rule in group])
         loss, distance = (_risks(processes[m], weights, steps) for m in MEASURES)
         found += [
@@ -244,20 +244,19 @@ def risk_curve(problem: AveragingProblem, rule: Rule | None, at: Iterable[int], 
     for i, step in enumerate(moments):
         if rule is None:
             steps, weights = [0, step], np.array([[0.0, 1.0]])
-        elif step < rule.update_after + rule.update_freq:
+        elif rule.schedule.count(step) == 0:
             continue
         else:
-            steps = update_steps(rule.timing, step)
+            steps = update_steps(rule.schedule, step)
             weights = trajectory_weights(rule, steps)[None]
         risk = _risks(process, weights, steps)[0]
         squared[i], variance[i] = risk.bias_squared, risk.variance
     return Risk(squared, variance)
 
 
-def update_steps(timing: UpdateSchedule, last: int) -> list[int]:
+def update_steps(schedule: UpdateSchedule, last: int) -> list[int]:
     """The steps whose iterates an average at step ``last`` can contain: 0, the end of burn-in, updates, the last."""
-    updates = range(timing.update_after + timing.update_freq, last + 1, timing.update_freq)
-    return sorted({0, min(timing.update_after, last), *updates, last})
+    return sorted({0, min(schedule.update_after, last), *schedule.update_steps(last), last})
 
 
 def _risks(process: QuadraticSGD, weights: FloatArray, steps: list[int]) -> list[Risk]:
@@ -266,8 +265,8 @@ def _risks(process: QuadraticSGD, weights: FloatArray, steps: list[int]) -> list
     return [Risk(float(squared), float(variance)) for squared, variance in pairs]
 
 
-def _order(timing: UpdateSchedule) -> tuple[int, int, bool]:
-    return timing.update_after, timing.update_freq, timing.hold
+def _order(schedule: UpdateSchedule) -> tuple[int, int, bool]:
+    return schedule.update_after, schedule.update_freq, schedule.hold
 
 
 def _check_measure(measure: str) -> None:

@@ -111,12 +111,12 @@ def risks_from_moments(
 
         b ← [M v] (b, θ)        Cov(b) ← [M v] Cov(b, θ) [M v]ᵀ        variance = (c, d) Cov(b, θ) (c, d)ᵀ
 
-    Rules with the same timing and number of buffers go through as one array; rules with equal labels share their
+    Rules with the same schedule and number of buffers go through as one array; rules with equal labels share their
     moments.
     """
     groups: dict[tuple[UpdateSchedule, int], dict[str, Rule]] = {}
     for name, rule in rules.items():
-        groups.setdefault((rule.timing, len(rule.buffer_keys)), {})[name] = rule
+        groups.setdefault((rule.schedule, len(rule.buffer_keys)), {})[name] = rule
     where = read_steps(steps, at)
     found: dict[str, Risk] = {}
     for group in groups.values():
@@ -130,7 +130,7 @@ def risks_from_moments(
 def _group_moments(
     chain: Chain, rules: Sequence[Rule], steps: Sequence[int], step_time: float, at: Sequence[int]
 ) -> tuple[FloatArray, FloatArray]:
-    """bias² and variance, each of shape (rules, len(at)), of rules that agree in timing and number of buffers."""
+    """bias² and variance, each of shape (rules, len(at)), of rules that agree in schedule and number of buffers."""
     distinct: dict[Hashable, int] = {}
     member = [distinct.setdefault(rule.buffer_keys, len(distinct)) for rule in rules]
     heads = [rules[member.index(i)] for i in range(len(distinct))]
@@ -145,11 +145,11 @@ def _group_moments(
         if step > now:
             state.advance(*transition(step - now))
             now = step
-        if move.follow:
+        if move.event.follows:
             state.follow()
         tick = move.tick
         after = state if tick is None else state.updated(_stack_updates(heads, tick))
-        if move.keep:
+        if move.event.updates:
             state = after
         if move.read:
             values = after.live(len(rules)) if tick is None else after.read(_stack_reads(rules, tick), member)

@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import NamedTuple
 
 from lagless._validation import require_integer
-from lagless.rules import Rule, Tick, check_steps as check_steps
+from lagless.rules import Event, Rule, Tick, check_steps as check_steps
 
 
 class Move(NamedTuple):
@@ -15,17 +15,23 @@ class Move(NamedTuple):
 
     Attributes:
         position: its place among the iterates.
-        follow: buffers are set to the live iterate.
-        tick: the update to compute, if any.
-        keep: the update is one of the rule's own; otherwise it only serves a read off an update step.
-        read: the average is read here; without a tick it is the live iterate.
+        event: what the rule's clock says: buffers follow, are updated or rest.
+        read: the average is read here.
+        live: if it is read, it is the live iterate.
     """
 
     position: int
-    follow: bool
-    tick: Tick | None
-    keep: bool
+    event: Event
     read: bool
+    live: bool
+
+    @property
+    def tick(self) -> Tick | None:
+        """The update to compute, if any: the rule's own, or the further one of a read between updates."""
+        step, _, last = self.event
+        if self.event.updates:
+            return last
+        return last.following(step) if self.read and not self.live else None
 
 
 def iterate_steps(steps: int | Sequence[int]) -> list[int]:
@@ -61,20 +67,13 @@ def moves(rule: Rule, steps: Sequence[int], at: Sequence[int]) -> Iterator[Move]
     """
     reads = set(at)
     if steps[0] in reads:
-        yield Move(0, False, None, False, True)
-    previous, number = max(rule.update_after, steps[0]), 0
-    for index, step in enumerate(steps[1:], start=1):
-        read = step in reads
-        if rule.timing.follows(step):
-            yield Move(index, True, None, False, read)
-        elif rule.timing.updates(step):
-            number += 1
-            yield Move(index, False, Tick(step, previous, number), True, read)
-            previous = step
-        elif read:
-            if number == 0:
-                raise ValueError(
-                    f"{type(rule).__name__}: update_after={rule.update_after}, update_freq={rule.update_freq} give no "
-                    f"update up to step {step}, where it is read. Read it later, or lower update_freq."
-                )
-            yield Move(index, False, Tick(step, previous, number + 1), False, True)
+        yield Move(0, Event(steps[0], False, rule.schedule.begin(steps[0])), read=True, live=True)
+    for index, event in enumerate(rule.schedule.events(steps), start=1):
+        read = event.step in reads
+        if read and event.last.number == 0 and not event.follows:
+            raise ValueError(
+                f"{type(rule).__name__}: update_after={rule.update_after}, update_freq={rule.update_freq} give no "
+                f"update up to step {event.step}, where it is read. Read it later, or lower update_freq."
+            )
+        if event.follows or event.updates or read:
+            yield Move(index, event, read, live=event.follows)

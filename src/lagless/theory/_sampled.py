@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from lagless.rules import FloatArray, ReadCoefficients, Rule, read_between_updates
+from lagless.execution import Noise, apply_row, combine, update_rows
+from lagless.rules import FloatArray, Rule, read_after
 from lagless.theory._estimators import Estimator
 from lagless.theory._gauss_markov import Steps
 from lagless.theory._process import OrnsteinUhlenbeck
@@ -98,7 +99,7 @@ def sampled_risks(
     where = read_steps(iterates, at)
     runs: dict[Hashable, _Run] = {}
     for name, rule in rules.items():
-        run = runs.setdefault((rule.timing, rule.buffer_keys), _Run(rule, moves(rule, iterates, where)))
+        run = runs.setdefault((rule.schedule, rule.buffer_keys), _Run(rule, moves(rule, iterates, where)))
         run.members[name] = rule
     times = source.step_time(dt) * (np.array(iterates) - iterates[0])
     mu = torch.as_tensor(source.mu, dtype=dtype, device=device)
@@ -179,7 +180,7 @@ def sampled_estimates(
 
 
 class _Run:
-    """The buffers of rules with equal timing and labels, on many paths."""
+    """The buffers of rules with equal schedule and labels, on many paths."""
 
     def __init__(self, head: Rule, plan: Iterator[Move]) -> None:
         self.head, self.plan = head, plan
@@ -195,36 +196,18 @@ class _Run:
         if move is None or move.position != index:
             return
         self.next = next(self.plan, None)
-        if move.follow:
+        event, columns = move.event, [[buffer] for buffer in self.buffers]
+        if event.follows:
             for buffer in self.buffers:
                 buffer.copy_(theta)
-        if move.keep and move.tick is not None:
-            self._update(*self.head.update(move.tick), theta)
+        if event.updates:
+            for row in update_rows(self.head.update(event.last)):
+                apply_row(columns, row, [theta], Noise(0, event.step))
         if move.read:
             for name, rule in self.members.items():
-                yield name, theta if move.tick is None else self._read(rule, move, theta)
-
-    def _update(self, matrix: Sequence[Sequence[float]], live: Sequence[float], theta: torch.Tensor) -> None:
-        """b ← M b + v θ, from the last row to the first: M is lower triangular. Modified in place."""
-        for i in reversed(range(len(self.buffers))):
-            if matrix[i][i] != 1.0:
-                self.buffers[i].mul_(matrix[i][i])
-            for j in range(i):
-                if matrix[i][j] != 0.0:
-                    self.buffers[i].add_(self.buffers[j], alpha=matrix[i][j])
-            if live[i] != 0.0:
-                self.buffers[i].add_(theta, alpha=live[i])
-
-    def _read(self, rule: Rule, move: Move, theta: torch.Tensor) -> torch.Tensor:
-        assert move.tick is not None
-        read: ReadCoefficients = rule.read(move.tick)
-        if not move.keep:
-            read = read_between_updates(rule.update(move.tick), read)
-        average = theta * read.live
-        for buffer, coefficient in zip(self.buffers, read.buffers, strict=True):
-            if coefficient != 0.0:
-                average.add_(buffer, alpha=coefficient)
-        return average
+                read = None if move.live else read_after(rule, event.last, event.step)
+                terms = [] if read is None else zip(self.buffers, read.buffers, strict=True)
+                yield name, theta if read is None else combine([(theta, read.live), *terms])
 
 
 def _collect(values: Sequence[tuple[float, float]], paths: int, scalar: bool) -> SampledRisk:

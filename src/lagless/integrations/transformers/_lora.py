@@ -71,7 +71,7 @@ class MergedLoraAverager(Averager):
     def update(self) -> None:
         """Count one optimizer step, and update the rules that are due."""
         step = self.step + 1
-        if any(rule.update_after == step or rule.timing.updates(step) for rule in self.rules.values()):
+        if any(rule.schedule.changes(step) for rule in self.rules.values()):
             self._multiply()
         super().update()
 
