@@ -11,7 +11,7 @@ import lagless
 from lagless import BEMA, DEMA, EMA, OUEMA, PowerEMA, UniformAverage, WindowAverage
 from lagless.optim._average_step import average_step, average_step_on_device, coefficients
 from lagless.rules import Tick, UpdateSchedule, read_after, ticks
-from lagless.theory._run import moves
+from lagless.theory.trajectories._run import moves
 
 GRID = [*itertools.product((0, 1, 5, 12), (1, 2, 3, 7), (0, 1, 4, 5, 6, 20))]
 RULES = [
