@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import struct
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,41 @@ def _quantized(folder: Path) -> Path:
     return folder
 
 
+def _in_two_shards(folder: Path) -> Path:
+    save_sharded(make_state(0), folder, 2)
+    save_file(make_state(0), folder / "model-00002-of-00002.safetensors")
+    return folder
+
+
+def _nested_header(path: Path) -> Path:
+    text = b'{"__metadata__":' + b"[" * 9000 + b"]" * 9000 + b"}"
+    return _touch(path, struct.pack("<Q", len(text)) + text)
+
+
+def _nested_config(folder: Path) -> Path:
+    save_model(make_state(0), folder)
+    return _touch(folder / "config.json", b'{"a":' * 9000 + b"0" + b"}" * 9000).parent
+
+
+def _codes(folder: Path, **tensors: torch.Tensor) -> Path:
+    save_model({name.replace("__", "."): tensor for name, tensor in tensors.items()}, folder)
+    return folder
+
+
+_PACKED, _SCALE = torch.ones(4, 4, dtype=torch.uint8), torch.ones(4)
+
 BAD = {
+    "nested header": (lambda d: _nested_header(d / "x.safetensors"), "header is not JSON .nested too deeply"),
+    "nested index": (lambda d: _index(d, "[" * 9000 + "]" * 9000), "index.json: not a JSON object .nested too deeply"),
+    "nested config": (_nested_config, "config.json: not a JSON object .nested too deeply"),
+    "list for a map": (lambda d: _index(d, '{"weight_map": ["a"]}'), "weight_map must give each tensor a file"),
+    "number for a file": (lambda d: _index(d, '{"weight_map": {"a": 3}}'), "weight_map must give each tensor a file"),
+    "in two shards": (_in_two_shards, "model-00002-of-00002.safetensors: tensor '.*' is in another shard too"),
+    "name too long": (lambda d: d / ("x" * 300) / "model.safetensors", "cannot be read .File name too long"),
+    "GPTQ": (lambda d: _codes(d, q__qweight=_PACKED.int(), q__scales=_SCALE), "'q.qweight' .I32.* holds integer codes"),
+    "bitsandbytes": (lambda d: _codes(d, q__weight=_PACKED, q__weight__absmax=_SCALE), "'q.weight' .* integer codes"),
+    "int8": (lambda d: _codes(d, q__weight=_PACKED.char()), "'q.weight' .* integer codes.*Dequantize"),
+    "packed": (lambda d: _codes(d, q__anything=_PACKED, q__weight_scale=_SCALE), "'q.anything' .* integer codes"),
     "absent": (lambda d: d / "x", "x: no such checkpoint"),
     "empty folder": (lambda d: d, "no weights found. Looked for model.safetensors.*found nothing.*still being written"),
     "fsdp": (
@@ -153,20 +188,23 @@ BAD = {
     "both": (_both, "has both model.safetensors and adapter_model.safetensors"),
     "missing shard": (_missing_shard, "model-00002-of-00003.safetensors: this shard is missing"),
     "no index": (_no_index, "shards without their index"),
-    "index garbage": (lambda d: _index(d, "{"), "index.json: not an index of shards"),
+    "index garbage": (lambda d: _index(d, "{"), "index.json: not a JSON object .*index of shards"),
     "index outside": (lambda d: _index(d, '{"weight_map": {"a": "../x.safetensors"}}'), "a file beside the index"),
     "index of another save": (
         lambda d: _index(d, '{"weight_map": {"zz": "model-00001-of-00001.safetensors"}}'),
         "has no tensor 'zz'.*not of one save",
     ),
     "unknown suffix": (lambda d: _touch(d / "x.npz"), "unknown kind of file"),
-    "pickle": (lambda d: _pickle(d / "x.pt"), "arbitrary code, so it is refused. Save the weights as safetensors"),
-    "raw pickle": (lambda d: _touch(d / "x.bin", pickle.dumps({"a": 1})), "cannot be mapped as a torch file"),
-    "legacy": (lambda d: _legacy(d / "x.bin"), "cannot be mapped as a torch file.*before torch 1.6"),
-    "truncated torch": (lambda d: _truncated_torch(d / "x.bin"), "cannot be mapped as a torch file"),
+    "pickle": (lambda d: _pickle(d / "x.pt"), "entry 'b' is a print, not a tensor.*Save the weights as safetensors"),
+    "raw pickle": (lambda d: _touch(d / "x.bin", pickle.dumps({"a": 1})), "cannot be read as a torch file"),
+    "legacy": (lambda d: _legacy(d / "x.bin"), "cannot be read as a torch file.*before torch 1.6"),
+    "truncated torch": (lambda d: _truncated_torch(d / "x.bin"), "cannot be read as a torch file"),
     "list": (lambda d: _saved(d / "x.pt", [torch.ones(2)]), "holds a list, not a state dict"),
     "not tensors": (lambda d: _saved(d / "x.pt", {"a": torch.ones(2), "n": 3}), "entry 'n' is a int, not a tensor"),
-    "sparse": (lambda d: _saved(d / "x.pt", {"a": torch.eye(2).to_sparse()}), "torch.sparse_coo, which cannot be"),
+    "sparse": (
+        lambda d: _saved(d / "x.pt", {"a": torch.eye(2).to_sparse()}),
+        "kind that cannot be averaged ._rebuild_sparse_tensor",
+    ),
     "float8": (
         lambda d: _saved(d / "x.pt", {"a": torch.ones(2).to(torch.float8_e4m3fn)}),
         "'a' is torch.float8_e4m3fn.*cannot be averaged",
@@ -184,6 +222,45 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path, capsys: pytest.Capture
         open_checkpoint(path)
     assert str(tmp_path) in str(caught.value)
     assert capsys.readouterr().out == ""
+
+
+def test_tensors_that_the_index_omits_are_read_from_its_shards(tmp_path: Path) -> None:
+    """from_pretrained loads whole shards, so that these are weights of the model too."""
+    state = make_state(0)
+    save_sharded(state, tmp_path, 2)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["norm.weight"]
+    path.write_text(json.dumps(index))
+    _equal(tmp_path, state)
+
+
+def test_indices_and_counters_are_no_codes(tmp_path: Path) -> None:
+    state = {"a.weight": torch.ones(2), "a.relative_position_index": torch.ones(4, 4).long(), "b.scale": torch.ones(3)}
+    save_model(state, tmp_path)
+    assert open_checkpoint(tmp_path).tensors.keys() == state.keys()
+
+
+def test_folders_that_may_not_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> list[Path]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: cannot be read .Permission denied.. Check the path and"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_relative_path_keeps_its_meaning_when_the_working_folder_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = make_state(0)
+    save_model(state, tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    checkpoint = open_checkpoint("a")
+    monkeypatch.chdir("/")
+    assert torch.equal(checkpoint.read_tensor("mlp.weight"), state["mlp.weight"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_checkpoint("~/a").path == tmp_path / "a"
 
 
 def test_an_adapter_beside_a_quantized_configuration_is_fine(tmp_path: Path) -> None:

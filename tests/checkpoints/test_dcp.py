@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from tests.model_files import make_state, save_model
 
 from lagless import EMA
 from lagless.checkpoints import CheckpointError, fingerprint, open_checkpoint
-from lagless.checkpoints._chunks import Chunk
+from lagless.checkpoints._chunks import Chunk, covers
 from lagless.posthoc import average_checkpoints, inspect_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -63,6 +64,38 @@ def test_weights_are_told_from_other_states(tmp_path: Path, state: dict[str, Any
     assert torch.equal(checkpoint.read_tensor("lm_head.weight"), WEIGHTS["lm_head.weight"])
 
 
+FLAT = {
+    "torchtitan": ["optimizer.state.layers.0.wq.weight.exp_avg", "optimizer.param_groups.layers.0.wq.weight.lr"],
+    "Megatron": [
+        *("optimizer.state.exp_avg.decoder.weight", "optimizer.state.fp32_param.decoder.weight"),
+        *("chained_0.optimizer.state.exp_avg_sq.embedding.weight", "rng_state/shard_0.0_1.1", "optimizer.step"),
+    ],
+    "FSDP": ["state.model.embed.weight.exp_avg", "param_groups.0.betas", "optim.lm_head.weight.exp_avg_sq"],
+    "SGD": ["optimizer_states.0.state.0.momentum_buffer", "lm_head.momentum_buffer"],
+}
+
+
+@pytest.mark.parametrize("names", FLAT.values(), ids=FLAT)
+def test_flat_names_of_optimizers_are_left_out(tmp_path: Path, names: list[str]) -> None:
+    state = {**WEIGHTS, **{name: torch.full((3,), 9.0) for name in names}}
+    save(state, tmp_path / "dcp/checkpoint-10")
+    (tmp_path / "torch").mkdir()
+    torch.save(state, tmp_path / "torch/checkpoint-10.pt")
+    for checkpoint in (
+        open_checkpoint(tmp_path / "dcp/checkpoint-10"),
+        open_checkpoint(tmp_path / "torch/checkpoint-10.pt"),
+    ):
+        assert checkpoint.tensors.keys() == WEIGHTS.keys() and checkpoint.left_out == tuple(sorted(names))
+
+
+NAMES = ["noise_scheduler.betas", "model.optimizer.weight", "step.weight", "scaler.loc", "state.weight", "expert.avg"]
+
+
+def test_names_of_weights_that_sound_like_optimizers_are_kept(tmp_path: Path) -> None:
+    state = {name: torch.ones(3) for name in NAMES}
+    assert open_checkpoint(save(state, tmp_path / "a")).tensors.keys() == state.keys()
+
+
 @pytest.mark.parametrize(
     "state, message",
     [
@@ -101,6 +134,42 @@ def boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int,
     total = int(np.prod(shape))
     start, stop = sorted(draw(st.lists(st.integers(0, total), min_size=2, max_size=2, unique=True)))
     return shape, tuple(low for low, _ in cuts), tuple(high - low for low, high in cuts), start, stop
+
+
+@given(st.data())
+def test_chunks_cover_a_tensor_if_they_hold_each_element_once(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 3), max_size=3)))
+    side = [st.integers(-1, size) for size in shape]
+    chunks = data.draw(
+        st.lists(st.tuples(st.tuples(*side), st.tuples(*[st.integers(0, s + 1) for s in shape])), max_size=5)
+    )
+    if data.draw(st.booleans()):  # a grid, perhaps with two of its boxes moved
+        chunks = [(index, (1,) * len(shape)) for index in np.ndindex(shape)]
+        for _ in range(data.draw(st.integers(0, 2))):
+            i, j = (data.draw(st.integers(0, len(chunks) - 1)) for _ in range(2))
+            chunks[i] = chunks[j]
+        chunks = data.draw(st.permutations(chunks))
+    counts, inside = np.zeros(shape, dtype=int), True
+    for offsets, sizes in chunks:
+        inside &= all(o >= 0 and o + s <= size for o, s, size in zip(offsets, sizes, shape, strict=True))
+        counts[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] += 1
+    assert covers(shape, chunks) == (inside and bool((counts == 1).all()))
+
+
+def test_chunks_that_overlap_and_leave_a_hole_are_refused(tmp_path: Path) -> None:
+    folder = save({"a": torch.randn(4, 3)}, tmp_path / "a")
+
+    def overlap(metadata: Any) -> Any:
+        (box,) = metadata.state_dict_metadata["a"].chunks
+        boxes = [copy.deepcopy(box) for _ in range(2)]
+        for chunk, row in zip(boxes, (0, 1), strict=True):
+            chunk.offsets, chunk.sizes = torch.Size([row, 0]), torch.Size([2, 3])
+        metadata.state_dict_metadata["a"].chunks[:] = boxes
+        return metadata
+
+    _metadata(folder, overlap)
+    with pytest.raises(CheckpointError, match="do not make up F32.*each element once"):
+        open_checkpoint(folder)
 
 
 @given(boxes())
@@ -146,6 +215,15 @@ def _move(metadata: Any, **values: Any) -> Any:
     return metadata
 
 
+def _exchange(metadata: Any) -> Any:
+    one, other = _chunk(metadata, "mlp.weight"), _chunk(metadata, "scale")
+    kept = dict(vars(one))
+    for info, values in ((one, vars(other)), (other, kept)):
+        for name, value in dict(values).items():
+            _set(info, name, value)
+    return metadata
+
+
 def _drop_chunk(metadata: Any) -> Any:
     metadata.state_dict_metadata["mlp.weight"].chunks.clear()
     return metadata
@@ -174,7 +252,8 @@ def test_nothing_that_the_description_names_is_run(tmp_path: Path) -> None:
         (lambda d: _metadata(d, _drop_chunk), "chunks of tensor 'mlp.weight' do not make up F32"),
         (lambda d: _metadata(d, lambda m: _move(m, relative_path="../x")), "outside of the checkpoint's folder"),
         (lambda d: _metadata(d, lambda m: _move(m, transform_descriptors=["zstd"])), "compressed"),
-        (lambda d: _metadata(d, lambda m: _move(m, **vars(_chunk(m, "scale")))), r"is torch.float32 \[\].*expected"),
+        (lambda d: _metadata(d, lambda m: _move(m, **vars(_chunk(m, "scale")))), "chunks of 'mlp.weight' and 'scale'"),
+        (lambda d: _metadata(d, _exchange), r"is torch.float32 \[\].*expected"),
     ],
 )
 def test_what_is_wrong_with_it_is_said(tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:

@@ -103,12 +103,12 @@ def test_many_threads_compile_once(monkeypatch):
     assert len(runs) == 1
 
 
-@pytest.mark.parametrize("broken", ["no folder", "no compiler"])
+@pytest.mark.parametrize("broken", ["no folder", "no compiler", "open quote"])
 def test_what_keeps_the_compiler_from_working_is_no_error(broken, monkeypatch):
     if broken == "no folder":
         monkeypatch.setattr(tempfile, "gettempdir", lambda: "/lagless-has-no-such-folder")
     else:
-        monkeypatch.setenv("CC", "'a compiler' that is not there")
+        monkeypatch.setenv("CC", "cc '" if broken == "open quote" else "'a compiler' that is not there")
     _c._compile.cache_clear()
     assert _c.compile_source("product.c", ()) is None
     _c._compile.cache_clear()

@@ -5,11 +5,7 @@ from lagless.checkpoints._atomic_folder import (
     Destination as Destination,
     check_destination as check_destination,
 )
-from lagless.checkpoints._checkpoint import (
-    Checkpoint as Checkpoint,
-    holds_weights as holds_weights,
-    open_checkpoint as open_checkpoint,
-)
+from lagless.checkpoints._checkpoint import Checkpoint as Checkpoint
 from lagless.checkpoints._errors import CheckpointError as CheckpointError
 from lagless.checkpoints._fingerprint import combine_digests as combine_digests, fingerprint as fingerprint
 from lagless.checkpoints._layout import (
@@ -18,6 +14,8 @@ from lagless.checkpoints._layout import (
     parse_size as parse_size,
     plan_layout as plan_layout,
 )
+from lagless.checkpoints._open import holds_weights as holds_weights, open_checkpoint as open_checkpoint
+from lagless.checkpoints._paths import StrPath as StrPath, absolute_path as absolute_path
 from lagless.checkpoints._readers import (
     Bytes as Bytes,
     FileReader as FileReader,
@@ -31,7 +29,6 @@ from lagless.checkpoints._safetensors_format import (
 )
 from lagless.checkpoints._sidecar_files import sidecar_files as sidecar_files
 from lagless.checkpoints._trajectory import (
-    StrPath as StrPath,
     Trajectory as Trajectory,
     check_alike as check_alike,
     find_checkpoints as find_checkpoints,

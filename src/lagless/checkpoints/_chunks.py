@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import struct
-import zipfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import torch
 from lagless.checkpoints._errors import CheckpointError
 from lagless.checkpoints._readers import Bytes, FileReader
 from lagless.checkpoints._safetensors_format import TensorInfo
+from lagless.checkpoints._torch_archive import ArchivedTensor, TorchArchive
 
 CONVERT = "Convert the checkpoint with torch.distributed.checkpoint.format_utils.dcp_to_torch_save."
 
@@ -49,29 +48,26 @@ class Chunk:
         """
         try:
             with self.path.open("rb") as file, io.BufferedReader(_Window(file, self.begin, self.length)) as window:
-                tensor = torch.load(window, map_location="meta", weights_only=True)
-                with zipfile.ZipFile(window) as archive:
-                    (record,) = [item for item in archive.infolist() if "/data/" in item.filename]
-                window.seek(record.header_offset + 26)
-                name, extra = struct.unpack("<HH", window.read(4))
-                rows = tensor.is_contiguous() and tensor.storage_offset() == 0
-                found = f"{tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}"
-                fits = (tensor.dtype, tuple(tensor.shape), tensor.nbytes) == (dtype, self.sizes, record.file_size)
+                archive = TorchArchive(window)
+                tensor = archive.content
+                if not isinstance(tensor, ArchivedTensor):
+                    raise ValueError(f"a {type(tensor).__name__}")
+                begin = self.begin + archive.begin(tensor)
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"{self.path}: this file of the checkpoint is missing. Copy the checkpoint again, or leave it out."
             ) from error
-        except Exception as error:  # torch and zipfile raise many kinds for damaged files
+        except Exception as error:  # zipfile and pickle raise many kinds for damaged files
             raise CheckpointError(
                 f"{self.path}: at byte {self.begin} there is no tensor that torch.save wrote ({error}). The checkpoint "
                 "is damaged, or mixed from several saves: leave it out."
             ) from error
-        if not (fits and rows and record.compress_type == zipfile.ZIP_STORED):
+        if not ((tensor.dtype, tensor.shape) == (dtype, self.sizes) and tensor.is_row_major):
             raise CheckpointError(
-                f"{self.path}: the chunk at byte {self.begin} is {found}; expected {dtype} {list(self.sizes)}, row by "
-                f"row. {CONVERT}"
+                f"{self.path}: the chunk at byte {self.begin} is {tensor.dtype} {list(tensor.shape)}, strides "
+                f"{tensor.strides}; expected {dtype} {list(self.sizes)}, row by row. {CONVERT}"
             )
-        return self.begin + record.header_offset + 30 + name + extra
+        return begin
 
     def runs(self, shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Elements of the chunk among ``start`` to ``stop`` of the flattened tensor, run by run.
@@ -95,6 +91,38 @@ class Chunk:
             low, high = max(begin, start), min(begin + length, stop)
             if low < high:
                 yield low, run * length + low - begin, high - low
+
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and sizes, per dimension."""
+
+
+def covers(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
+    """Whether boxes hold every element of a tensor of ``shape`` exactly once.
+
+    >>> covers((4, 2), [((0, 0), (3, 2)), ((3, 0), (1, 2))]), covers((4, 2), [((0, 0), (3, 2)), ((2, 0), (1, 2))])
+    (True, False)
+    """
+    filled = [box for box in boxes if 0 not in box[1]]
+    inside = all(
+        len(offsets) == len(sizes) == len(shape)
+        and all(o >= 0 and 0 <= s <= size - o for o, s, size in zip(offsets, sizes, shape, strict=True))
+        for offsets, sizes in boxes
+    )
+    if not inside or sum(math.prod(sizes) for _, sizes in filled) != math.prod(shape):
+        return False
+    open_boxes: list[Box] = []  # those whose rows reach the present box: one, where only rows are cut
+    for offsets, sizes in sorted(filled):
+        open_boxes = [(o, s) for o, s in open_boxes if not o or o[0] + s[0] > offsets[0]]
+        if any(_overlap(offsets, sizes, *other) for other in open_boxes):
+            return False
+        open_boxes.append((offsets, sizes))
+    return True
+
+
+def _overlap(offsets: Sequence[int], sizes: Sequence[int], others: Sequence[int], other_sizes: Sequence[int]) -> bool:
+    sides = zip(offsets, sizes, others, other_sizes, strict=True)
+    return all(begin < other + size_of_other and other < begin + size for begin, size, other, size_of_other in sides)
 
 
 class ChunkReader:

@@ -5,17 +5,16 @@ The description is a pickle. It is read without running anything that it names: 
 
 from __future__ import annotations
 
-import math
-import pickle
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lagless.checkpoints._chunks import CONVERT, Chunk, ChunkedPlace
+from lagless.checkpoints._chunks import CONVERT, Chunk, ChunkedPlace, covers
 from lagless.checkpoints._errors import CheckpointError
+from lagless.checkpoints._inert_pickle import InertUnpickler
 from lagless.checkpoints._safetensors_format import NAMES, TensorInfo
-from lagless.checkpoints._torch_file import NOT_WEIGHTS, STATE_KEYS
+from lagless.checkpoints._weight_names import NOT_WEIGHTS, STATE_KEYS, depth_of_state, is_other_state
 
 METADATA = ".metadata"
 _FOLDERS = (".", "pytorch_model_fsdp_0")  # the latter as Accelerate and the Trainer of transformers name it
@@ -26,8 +25,8 @@ def find_dcp(folder: Path) -> Path | None:
     return next((folder / name for name in _FOLDERS if (folder / name / METADATA).is_file()), None)
 
 
-def open_dcp(folder: Path) -> tuple[dict[str, tuple[TensorInfo, ChunkedPlace]], list[Path]]:
-    """The weights in a DCP checkpoint, and the files that hold them.
+def open_dcp(folder: Path) -> tuple[dict[str, tuple[TensorInfo, ChunkedPlace]], list[Path], list[str]]:
+    """The weights in a DCP checkpoint, the files that hold them, and the keys of tensors that are no weights.
 
     Weights are what was saved under one of the keys of ``STATE_KEYS``, at any depth, or, without those, at the top
     level. Optimizer states, random states and everything else nested are left alone.
@@ -39,7 +38,7 @@ def open_dcp(folder: Path) -> tuple[dict[str, tuple[TensorInfo, ChunkedPlace]], 
     path = folder / METADATA
     try:
         with path.open("rb") as file:
-            metadata = _Unpickler(file).load().state
+            metadata = InertUnpickler(file).load().state
         stored = {(index.state["fqn"], _offsets(index)): info.state for index, info in metadata["storage_data"].items()}
         tensors = {
             key: entry.state
@@ -55,6 +54,7 @@ def open_dcp(folder: Path) -> tuple[dict[str, tuple[TensorInfo, ChunkedPlace]], 
                 f"and, at any depth, under {', '.join(STATE_KEYS)}. Give the checkpoint that holds them."
             )
         places = {name: _place(folder, key, tensors[key], stored) for key, name in names.items()}
+        _refuse_shared_bytes(folder, places)
     except CheckpointError:
         raise
     except Exception as error:  # a pickle can fail in any way
@@ -63,7 +63,7 @@ def open_dcp(folder: Path) -> tuple[dict[str, tuple[TensorInfo, ChunkedPlace]], 
             f"or of another version. {CONVERT}"
         ) from error
     files = sorted({chunk.path for _, place in places.values() for chunk in place.chunks})
-    return places, [path, *files]
+    return places, [path, *files], sorted(tensors.keys() - names.keys())
 
 
 def _weight_names(paths: dict[str, tuple[Any, ...]], folder: Path) -> dict[str, str]:
@@ -75,10 +75,10 @@ def _weight_names(paths: dict[str, tuple[Any, ...]], folder: Path) -> dict[str, 
     """
     found: dict[tuple[Any, ...], dict[str, tuple[Any, ...]]] = {}
     for key, path in paths.items():
-        depth = max((i for i, level in enumerate(path[:-1], 1) if level in STATE_KEYS), default=0)
-        # A name with dots is that of a parameter, whatever the words in it.
+        depth = depth_of_state(path)
+        # A name with dots is that of a parameter, unless it begins or ends like an optimizer's.
         levels = path[:-1] if depth or "." in key else path
-        if not any(NOT_WEIGHTS.search(str(level)) for level in levels):
+        if not any(NOT_WEIGHTS.search(str(level)) for level in levels) and not is_other_state(key):
             found.setdefault(path[:depth], {})[key] = path[depth:]
     top = {key: path for key, path in found.pop((), {}).items() if len(path) == 1}
     if len(found) > 1:
@@ -96,8 +96,13 @@ def _place(folder: Path, key: str, entry: dict[str, Any], stored: dict[Any, Any]
             "float32."
         )
     info, chunks = TensorInfo(dtype, shape), []
-    for chunk in entry["chunks"]:
-        offsets, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
+    boxes = [(tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])) for chunk in entry["chunks"]]
+    if not covers(shape, boxes):
+        raise CheckpointError(
+            f"{folder / METADATA}: the chunks of tensor {key!r} do not make up {info}, each element once. The save did "
+            "not finish, or several are mixed: leave this checkpoint out."
+        )
+    for offsets, sizes in boxes:
         if 0 in sizes:
             continue
         where = stored[key, offsets]
@@ -105,35 +110,19 @@ def _place(folder: Path, key: str, entry: dict[str, Any], stored: dict[Any, Any]
         if where.get("transform_descriptors") or file.parent != folder:
             raise CheckpointError(f"{file}: chunks are compressed, or outside of the checkpoint's folder. {CONVERT}")
         chunks.append(Chunk(file, where["offset"], where["length"], offsets, sizes))
-    if sum(math.prod(chunk.sizes) for chunk in chunks) != info.numel:
-        raise CheckpointError(
-            f"{folder / METADATA}: the chunks of tensor {key!r} do not make up {info}. The save did not finish, or "
-            "several are mixed: leave this checkpoint out."
-        )
     return info, ChunkedPlace(chunks[0].path if chunks else folder / METADATA, info, tuple(chunks))
+
+
+def _refuse_shared_bytes(folder: Path, places: Mapping[str, tuple[TensorInfo, ChunkedPlace]]) -> None:
+    """Refuse chunks of which two lie in the same bytes of a file."""
+    chunks = [(c.path, c.begin, c.begin + c.length, name) for name, (_, place) in places.items() for c in place.chunks]
+    for (path, _, stop, one), (other_path, begin, _, other) in pairwise(sorted(chunks)):
+        if path == other_path and begin < stop:
+            raise CheckpointError(
+                f"{folder / METADATA}: chunks of {one!r} and {other!r} share bytes of {path.name}. The description is "
+                "damaged: leave this checkpoint out."
+            )
 
 
 def _offsets(index: Any) -> tuple[int, ...]:
     return tuple(index.state.get("offset") or ())
-
-
-class _Record:
-    """Stands for an object of a class that a pickle names, and holds what the pickle says of it."""
-
-    state: Any = None
-
-    def __new__(cls, *_: Any) -> _Record:
-        return super().__new__(cls)
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        return tuple if (module, name) == ("torch", "Size") else type(name, (_Record,), {})

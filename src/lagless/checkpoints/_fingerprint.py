@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 import xxhash
 
-from lagless.checkpoints._checkpoint import Checkpoint, open_checkpoint
+from lagless.checkpoints._checkpoint import Checkpoint
+from lagless.checkpoints._open import open_checkpoint
 from lagless.checkpoints._safetensors_format import NAMES, TensorInfo
 
 _CHUNK = 1 << 22

@@ -11,14 +11,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lagless.checkpoints._errors import CheckpointError
+from lagless.checkpoints._safetensors_format import TensorInfo
 
 Bytes = NDArray[np.uint8]
-
-_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Reader(Protocol):
@@ -94,29 +94,39 @@ class FileReader:
             self._descriptor = None
 
 
-class TensorReader:
-    """A tensor that exists already: one of a memory-mapped torch file, of which only the pages asked for are loaded."""
+class StridedReader:
+    """A tensor whose elements do not lie row by row, held in memory from the first read until it is closed.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._itemsize = tensor.dtype.itemsize
-        self._array = tensor.detach().view(_INTEGER_OF_SIZE[self._itemsize]).numpy()
+    Args:
+        source: reads the bytes of the tensor's storage from its first element on.
+        info: type and shape.
+        strides: in elements, per dimension.
+        extent: elements of the storage from the tensor's first to its last.
+    """
+
+    def __init__(self, source: FileReader, info: TensorInfo, strides: tuple[int, ...], extent: int) -> None:
+        self._source, self._info, self._strides, self._extent = source, info, strides, extent
+        self._elements: NDArray[np.void] | None = None
 
     def read(self, offset: int, out: Bytes) -> None:
         """See :class:`Reader`."""
-        first, count = offset // self._itemsize, out.size // self._itemsize
-        if self._array.flags.c_contiguous:
-            part = self._array.reshape(-1)[first : first + count]
-        else:
-            part = self._array.flat[first : first + count]  # copies the range, never the tensor
-        np.copyto(out, part.view(np.uint8))
+        size = self._info.dtype.itemsize
+        if self._elements is None:
+            held = np.empty(self._extent * size, dtype=np.uint8)
+            self._source.read(0, held)
+            steps = tuple(stride * size for stride in self._strides)
+            self._elements = as_strided(held.view(f"V{size}"), self._info.shape, steps, writeable=False)
+        first, count = offset // size, out.size // size
+        out[:] = self._elements.flat[first : first + count].view(np.uint8)  # copies the range, never the tensor
 
-    def __enter__(self) -> TensorReader:
+    def __enter__(self) -> StridedReader:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        pass
+        self._elements = None
+        self._source.__exit__(kind, error, trace)
 
 
 class Place(Protocol):
@@ -145,15 +155,18 @@ class FilePlace:
 
 
 @dataclass(frozen=True)
-class TensorPlace:
-    """Where a tensor lies: mapped into memory, out of the file ``path``."""
+class StridedPlace:
+    """Where a tensor lies that is not stored row by row: its first element is at byte ``begin`` of a file."""
 
     path: Path
-    tensor: Tensor
+    begin: int
+    info: TensorInfo
+    strides: tuple[int, ...]
+    extent: int
 
     def open(self, keep_open: bool) -> Reader:
         """A reader of this tensor."""
-        return TensorReader(self.tensor)
+        return StridedReader(FileReader(self.path, self.begin, keep_open), self.info, self.strides, self.extent)
 
 
 def byte_view(tensor: Tensor) -> Bytes:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lagless.checkpoints._errors import CheckpointError
+from lagless.checkpoints._json import parse_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -94,7 +95,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             f"{path}: cannot be read ({error.strerror}). Check the path and its permissions."
         ) from error
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         if not isinstance(header, dict):
             raise ValueError("not an object")
     except ValueError as error:  # also UnicodeDecodeError

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lagless.checkpoints._checkpoint import SUFFIXES, Checkpoint, holds_weights, open_checkpoint
+from lagless.checkpoints._checkpoint import Checkpoint
 from lagless.checkpoints._errors import CheckpointError
+from lagless.checkpoints._open import SUFFIXES, holds_weights, open_checkpoint
+from lagless.checkpoints._paths import StrPath
 from lagless.checkpoints._safetensors_format import TensorInfo
-
-StrPath = str | os.PathLike[str]
 
 _STEP_NAME = re.compile(r"(?:^|[-_.=])(checkpoint|ckpt|global_?step|step|iteration|iter)[-_=]?(\d+)$", re.IGNORECASE)
 _FSDP_MODEL = "pytorch_model_fsdp_"  # a folder in a checkpoint of Accelerate

@@ -178,6 +178,9 @@ def inspect_command(
         f"parameters in {summary.tensors} tensors ({types}), {decimal(summary.nbytes)} in {summary.shards} file(s)",
         highlight=False,
     )
+    if summary.left_out:
+        named = ", ".join(summary.left_out[:2]) + (", ..." if summary.left_out[2:] else "")
+        out.print(f"left out, as no weights: {len(summary.left_out)} tensors ({named})", highlight=False, markup=False)
     _print_start(trajectory)
     if summary.averages:
         _print_averages(summary.averages)

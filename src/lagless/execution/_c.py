@@ -64,7 +64,7 @@ def _compile(name: str, flags: tuple[str, ...], compiler: str) -> ctypes.CDLL | 
             command = [*shlex.split(compiler), *_FLAGS, str(source), "-o", str(target), *flags]
             subprocess.run(command, check=True, capture_output=True, text=True)
             return ctypes.CDLL(str(target))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:  # ValueError: an open quote in CC
         _log.info("%s is not compiled, slower code is used: %s %s", name, error, getattr(error, "stderr", ""))
         return None
 

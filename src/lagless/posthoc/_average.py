@@ -79,6 +79,7 @@ class RunSummary:
         nbytes: bytes per checkpoint.
         dtypes: elements per type, by type name.
         shards: weight files per checkpoint.
+        left_out: names of tensors in the last checkpoint that are no weights, as of an optimizer.
         averages: one summary per rule asked about.
     """
 
@@ -91,6 +92,7 @@ class RunSummary:
     nbytes: int
     dtypes: dict[str, int]
     shards: int
+    left_out: tuple[str, ...]
     averages: tuple[AverageSummary, ...]
 
 
@@ -216,6 +218,7 @@ def inspect_run(
         nbytes=last.nbytes,
         dtypes=dtypes,
         shards=len(last.files),
+        left_out=last.left_out,
         averages=tuple(_summarize(name, rule, trajectory) for name, rule in named.items()),
     )
 
