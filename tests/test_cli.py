@@ -127,7 +127,7 @@ def test_a_full_disk_is_named(run, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lagless.cli._checkpoints.average_checkpoints", full)
+    monkeypatch.setattr("lagless.posthoc.average_checkpoints", full)
     assert lagless(monkeypatch, "average", run[0], "-o", tmp_path / "out") == 2
     assert "the disk is full" in capsys.readouterr().err
 
@@ -190,3 +190,79 @@ def test_a_model_without_configuration_is_pointed_out(run, tmp_path, monkeypatch
         config.unlink()
     assert lagless(monkeypatch, "average", folder, "-o", tmp_path / "without") == 0
     assert "have no config.json, which from_pretrained needs" in capsys.readouterr().out
+
+
+def test_a_run_is_opened_once(run, tmp_path, monkeypatch):
+    opened: list[str] = []
+    headers: list[str] = []
+
+    def counting(into, function):
+        def count(path, *rest):
+            into.append(f"{path.parent.name}/{path.name}")
+            return function(path, *rest)
+
+        return count
+
+    from lagless.checkpoints import _checkpoint, _trajectory
+
+    monkeypatch.setattr(_trajectory, "open_checkpoint", counting(opened, _trajectory.open_checkpoint))
+    monkeypatch.setattr(_checkpoint, "read_header", counting(headers, _checkpoint.read_header))
+    folder, walk = run
+    base = folder / "base"
+    (folder / "checkpoint-0").rename(base)
+    arguments = [folder, "--start", base, "--rule", "ema", "--rule", "bema"]
+    assert lagless(monkeypatch, "average", *arguments, "-o", tmp_path / "out") == 0
+    places = [base, *(folder / f"checkpoint-{n}" for n in (100, 200, 300))]
+    assert sorted(opened) == sorted(f"run/{place.name}" for place in places)
+    assert sorted(headers) == sorted(f"{place.name}/model.safetensors" for place in places)
+    opened.clear()
+    assert lagless(monkeypatch, "inspect", *arguments) == 0
+    assert len(opened) == len(places)
+
+
+@pytest.mark.parametrize("command", [[], ["average"], ["inspect"], ["evaluate"], ["tune"], ["train"], ["theory"]])
+def test_help_loads_no_torch(command):
+    code = f"""
+import sys
+from lagless.cli import main
+sys.argv = ["lagless", *{command!r}, "--help"]
+try:
+    main()
+finally:
+    heavy = sys.modules.keys() & {{"torch", "transformers", "datasets", "scipy", "matplotlib"}}
+    assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "Usage: " in done.stdout, done.stderr
+
+
+def test_importing_the_package_loads_no_torch_and_the_averager_is_there():
+    code = """
+import sys, lagless
+assert "torch" not in sys.modules and "Averager" in dir(lagless)
+from lagless import Averager
+assert "torch" in sys.modules and Averager is lagless.averaging.Averager
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_options_are_the_arguments_of_the_rules(run, monkeypatch, capsys):
+    from lagless.rules import rule_arguments
+
+    for command in ("average", "inspect", "evaluate", "tune"):
+        assert lagless(monkeypatch, command, "--help") == 0
+        printed = capsys.readouterr().out
+        for name in rule_arguments():
+            assert f"--{name.replace('_', '-')} " in printed, (command, name)
+    assert lagless(monkeypatch, "inspect", run[0], "--rule", "ema", "--form", "pace") == 0
+    assert "form=pace" in capsys.readouterr().out
+
+
+def test_accumulation_types_are_those_of_posthoc():
+    from typing import get_args, get_type_hints
+
+    from lagless.cli._average import average
+    from lagless.posthoc import Accumulate
+
+    accumulate = get_type_hints(average.__wrapped__)["accumulate"]
+    assert get_args(accumulate) == get_args(Accumulate)

@@ -6,10 +6,11 @@
 1.0
 """
 
+from typing import TYPE_CHECKING, Any
+
 from lagless._citation import citation as citation
 from lagless._deprecated import install as _install
 from lagless._version import __version__ as __version__
-from lagless.averaging import Averager as Averager
 from lagless.rules import (
     BEMA as BEMA,
     DEMA as DEMA,
@@ -30,4 +31,20 @@ from lagless.rules import (
     weight_on_start as weight_on_start,
 )
 
+if TYPE_CHECKING:
+    from lagless.averaging import Averager as Averager
+
 _install()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Averager":  # torch is loaded by what needs it, and not by `lagless --help`
+        from lagless.averaging import Averager
+
+        globals()[name] = Averager
+        return Averager
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "Averager"})

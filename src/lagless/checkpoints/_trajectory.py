@@ -84,8 +84,9 @@ def find_checkpoints(
         raise ValueError(
             f"start_step={start_step} is the step of start, which is not given. Give start, or leave start_step out."
         )
+    opened: Checkpoint | None = None
     if start is not None:
-        open_checkpoint(start)  # a wrong path is reported as such
+        opened = open_checkpoint(start)  # a wrong path is reported as such, before all else
         first = 0 if start_step is None else start_step
         if first >= named[0][0]:
             raise ValueError(
@@ -99,9 +100,9 @@ def find_checkpoints(
             f"{named[0][1]}: this is the only checkpoint found, an average needs two. Keep more of them while "
             "training (save_steps, save_total_limit), or give θ_0 with start."
         )
-    trajectory = Trajectory(
-        tuple(open_checkpoint(path) for _, path in named), tuple(step for step, _ in named), start is not None
-    )
+    rest = named if opened is None else named[1:]
+    checkpoints = (*([] if opened is None else [opened]), *(open_checkpoint(path) for _, path in rest))
+    trajectory = Trajectory(checkpoints, tuple(step for step, _ in named), start is not None)
     check_alike(trajectory.checkpoints, trajectory.start_given)
     return trajectory
 

@@ -1,26 +1,24 @@
-"""The command line. What commands do lives in the modules they call."""
+"""The command line. What commands do lives in the modules they call, which they import when they run."""
 
 from __future__ import annotations
 
 import errno
 import signal
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
-from safetensors import SafetensorError
 
 from lagless._version import __version__
-from lagless.checkpoints import CheckpointError
-from lagless.cli import _theory
-from lagless.cli._checkpoints import average, inspect_command
+from lagless.cli._average import average, inspect_command
 from lagless.cli._console import err, out
-from lagless.cli._evaluate import evaluate, tune_command
+from lagless.cli._demo import demo
+from lagless.cli._evaluate import evaluate
 from lagless.cli._report import report
+from lagless.cli._theory import app as theory
 from lagless.cli._train import recipes, sweep, train
-from lagless.execution import RankError
+from lagless.cli._tune import tune_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Train for the model you return: averaged weights without the lag.",
 )
+app.command("demo")(demo)
 app.command("average")(average)
 app.command("inspect")(inspect_command)
 app.command("report")(report)
@@ -37,20 +36,37 @@ app.command("train")(train)
 app.command("sweep")(sweep)
 app.command("evaluate")(evaluate)
 app.command("tune")(tune_command)
-app.add_typer(_theory.app, name="theory")
+app.add_typer(theory, name="theory")
 
 
 def main() -> None:
-    """Entry point: bad input ends with a message on standard error and exit code 2."""
+    """Run the command line. Bad input ends with one line on standard error and exit code 2."""
     signal.signal(signal.SIGTERM, _terminate)  # so that what is half-written is removed, as after Ctrl-C
     try:
         app()
-    except (CheckpointError, RankError, ValueError, OSError, ImportError, SafetensorError) as error:
-        text = str(error)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
-            text = f"the disk is full ({text}). Free some space, or choose another output folder; nothing was kept."
-        err.print(f"[bold red]error:[/] {escape(text)}", highlight=False)
+    except Exception as error:
+        if not isinstance(error, _bad_input()):
+            raise
+        err.print(f"[bold red]error:[/] {escape(_line(error))}", highlight=False)
         sys.exit(2)
+
+
+def _bad_input() -> tuple[type[Exception], ...]:
+    """Errors that are about what the user gave. Those of libraries that are not loaded cannot have been raised."""
+    theirs = {
+        "lagless.checkpoints": "CheckpointError",
+        "lagless.execution": "RankError",
+        "safetensors": "SafetensorError",
+    }
+    loaded = [getattr(sys.modules[module], name) for module, name in theirs.items() if module in sys.modules]
+    return (ValueError, OSError, ImportError, *loaded)
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
+        text = f"the disk is full ({text}). Free some space, or choose another output folder; nothing was kept."
+    return text
 
 
 def _terminate(*_: object) -> None:
@@ -68,22 +84,3 @@ def _lagless(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     """Train for the model you return: averaged weights without the lag."""
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to make.")] = Path("lagless-demo"),
-    steps: Annotated[int, typer.Option(help="Optimizer steps; everything else scales with them.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of initialisation, data order and samples.")] = 0,
-    data: Annotated[
-        list[Path] | None, typer.Option(help="Text file to train on; may be repeated. Default: Python's own library.")
-    ] = None,
-    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More text files.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT.")] = False,
-) -> None:
-    """Train a small Llama from scratch, follow it with averages, and report what they did. Takes a few minutes."""
-    from lagless.lab.demo import run_demo
-
-    if files and not data:
-        raise ValueError(f"{files[0]}: text files come after --data.")
-    run_demo(output, steps=steps, seed=seed, data=[*(data or []), *(files or [])], overwrite=overwrite, console=out)

@@ -1,8 +1,7 @@
-"""``lagless evaluate`` and ``lagless tune``."""
+"""``lagless evaluate``."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from lagless.cli._checkpoints import Grid, RuleNames, _numbers, _rule_options, _rules, _settings_of
 from lagless.cli._console import err, out
+from lagless.cli._evaluation_options import BatchSize, Device, Length, Output, Seed, Sequences, check_output, require
+from lagless.cli._rule_options import Grid, RuleNames, chosen_rules, integers, require_rule, rule_options
 
 if TYPE_CHECKING:
     from lagless.lab.evaluate import Row
-    from lagless.lab.tune import Trial, Tuned
-    from lagless.rules import Rule
 
 Data = Annotated[
     list[str],
@@ -26,15 +24,9 @@ Data = Annotated[
     ),
 ]
 Tasks = Annotated[list[str], typer.Option(help="loss, boolq, gsm8k, mmlu_hs, arithmetic; may be repeated.")]
-BatchSize = Annotated[int, typer.Option(help="Sequences or responses at a time.")]
-Seed = Annotated[int, typer.Option(help="Of all that is chosen or sampled.")]
-Sequences = Annotated[int, typer.Option(help="Held-out sequences.")]
-Length = Annotated[int, typer.Option(help="Most tokens of a held-out sequence.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="JSON file to write.")]
-Device = Annotated[str | None, typer.Option(help="Default: an accelerator if there is one.")]
 
 
-@_rule_options
+@rule_options
 def evaluate(
     models: Annotated[
         list[Path], typer.Argument(metavar="MODEL_OR_RUN...", help="Models, folders of models, run folders.")
@@ -52,12 +44,12 @@ def evaluate(
     samples: Annotated[int, typer.Option(help="Responses per prompt, at temperature 1.")] = 50,
     sequences: Sequences = 200,
     length: Length = 512,
-    level: Annotated[int, typer.Option(help="Of arithmetic, 1 to 3.")] = 1,
+    level: Annotated[int, typer.Option(help="Difficulty of the arithmetic task, 1 to 3.")] = 1,
     max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of a response. Default: the task's.")] = None,
     chat: Annotated[bool, typer.Option(help="Put prompts through the tokenizer's chat template.")] = False,
     backend: Annotated[Literal["hf", "vllm"], typer.Option(help="What generates.")] = "hf",
     batch_size: BatchSize = 16,
-    dtype: Annotated[str, typer.Option(help="Of the weights in memory: float32, bfloat16, float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Type of the weights in memory: float32, bfloat16, float16.")] = "float32",
     device: Device = None,
     seed: Seed = 0,
 ) -> None:
@@ -65,12 +57,11 @@ def evaluate(
 
     With --rule, averages of a run are evaluated without being written. Differences are to the first row, paired.
     """
-    _require("evaluate")
+    require("evaluate")
     from lagless.lab.evaluate import EvaluationPlan, evaluate_models, swings, write_results
 
-    if (settings or grid) and not rule:
-        raise ValueError("rule arguments were given without --rule; say which rule they belong to, e.g. --rule ema.")
-    _check_output(output)
+    require_rule(rule, settings, grid)
+    check_output(output)
     plan = EvaluationPlan(
         tuple(dict.fromkeys(task)),
         _sources(data, task),
@@ -88,8 +79,8 @@ def evaluate(
         device,
     )
     rows: list[Row] = []
-    choose = (lambda trajectory: _rules(trajectory, rule, settings, grid)) if rule else None
-    for row in evaluate_models(models, plan, choose, "all" if at == "all" else _numbers(at)):
+    choose = (lambda trajectory: chosen_rules(trajectory.steps, rule, settings, grid)) if rule else None
+    for row in evaluate_models(models, plan, choose, "all" if at == "all" else integers("--at", at)):
         rows.append(row)
         err.print(f"evaluated {_label(row)}", highlight=False, markup=False)
     _print_rows(rows)
@@ -104,68 +95,6 @@ def evaluate(
     if output is not None:
         write_results(output, plan, rows)
         out.print(f"written to {output}", highlight=False, markup=False)
-
-
-@_rule_options
-def tune_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with checkpoint-N folders.")],
-    settings: dict[str, Any],
-    validation: Annotated[str, typer.Option(help="File or hub data set that the search sees.")],
-    test: Annotated[str, typer.Option(help="File or hub data set that it does not see.")],
-    rule: RuleNames = ["bema", "ema"],  # noqa: B006
-    grid: Grid = [],  # noqa: B006
-    evaluations: Annotated[int, typer.Option(help="Averages to evaluate on validation at most.")] = 12,
-    output: Output = None,
-    sequences: Sequences = 200,
-    length: Length = 512,
-    batch_size: BatchSize = 8,
-    device: Device = None,
-    seed: Seed = 0,
-) -> None:
-    """Find the best rule and setting for a run by gradients, and report it on data the search did not see."""
-    _require("tune")
-    from lagless.checkpoints import find_checkpoints
-    from lagless.lab.evaluate import load_tokenizer
-    from lagless.lab.evaluation import held_out_sequences
-    from lagless.lab.tune import tune, write_tuned
-
-    _check_output(output)
-    trajectory = find_checkpoints(run)
-    tokenizer = load_tokenizer(trajectory.checkpoints[-1].folder)
-    seen, unseen = (
-        held_out_sequences(source, tokenizer, length=length, count=sequences, seed=seed)
-        for source in (validation, test)
-    )
-
-    def progress(trial: Trial) -> None:
-        err.print(f"{trial.loss:.5f}  {_about(trial.rule)}", highlight=False, markup=False)
-
-    starts = _rules(trajectory, rule, settings, grid)
-    found = tune(
-        trajectory,
-        starts,
-        seen,
-        unseen,
-        evaluations=evaluations,
-        batch_size=batch_size,
-        device=device,
-        progress=progress,
-    )
-    _print_tuned(found)
-    if output is not None:
-        write_tuned(output, found)
-        out.print(f"written to {output}", highlight=False, markup=False)
-
-
-def _check_output(output: Path | None) -> None:
-    if output is not None and not output.parent.is_dir():
-        raise ValueError(f"--output {output}: there is no folder {output.parent}.")
-
-
-def _require(command: str) -> None:
-    for module, extra in (("transformers", "eval"), ("datasets", "eval"), ("scipy", "lab")):
-        if importlib.util.find_spec(module) is None:
-            raise ImportError(f"lagless {command} needs {module}: pip install 'lagless[{extra}]'")
 
 
 def _sources(data: list[str], tasks: list[str]) -> Mapping[str, str]:
@@ -207,24 +136,3 @@ def _print_rows(rows: list[Row]) -> None:
                 highlight=False,
                 markup=False,
             )
-
-
-def _about(rule: Rule | None) -> str:
-    return "live" if rule is None else f"{type(rule).__name__} {_settings_of(rule)}".strip()
-
-
-def _print_tuned(found: Tuned) -> None:
-    table = Table(box=None, pad_edge=False)
-    for column in ("average", "validation", "test", "test minus live", "rule"):
-        table.add_column(column, overflow="fold")
-    for c in found.candidates:
-        paired = "" if c.rule is None else f"{c.difference.value:+.4f} ± {c.difference.standard_error:.4f}"
-        tested = f"{c.test.value:.4f} ± {c.test.standard_error:.4f}"
-        table.add_row(c.name, f"{c.validation:.4f}", tested, paired, _about(c.rule))
-    out.print(table, highlight=False)
-    gain = found.best_minus_start
-    out.print(
-        f"{len(found.trials)} of {found.considered} settings were evaluated on validation; on test, the best is "
-        f"{gain.value:+.4f} ± {gain.standard_error:.4f} from the best start",
-        highlight=False,
-    )

@@ -97,7 +97,7 @@ class RunSummary:
 
 
 def average_checkpoints(
-    run: StrPath | Sequence[StrPath],
+    run: StrPath | Sequence[StrPath] | Trajectory,
     rules: Rule | Mapping[str, Rule],
     out: StrPath,
     *,
@@ -122,8 +122,8 @@ def average_checkpoints(
     average is made of.
 
     Args:
-        run: the run folder, or a list of checkpoints; see :func:`lagless.posthoc.find_checkpoints`, also for ``start``,
-            ``start_step``, ``steps``.
+        run: the run folder, or a list of checkpoints; see :func:`lagless.checkpoints.find_checkpoints`, also for
+            ``start``, ``start_step``, ``steps``. Or what that function returned, with these three left out.
         rules: one rule, whose average goes to ``out``; or a mapping from names to rules, whose averages go to
             ``out/NAME``.
         out: the output folder; it appears when everything is written.
@@ -148,7 +148,7 @@ def average_checkpoints(
         ValueError: if an argument is out of range, or a rule makes no update among the steps.
     """
     named, out = _named(rules), Path(out)
-    trajectory = find_checkpoints(run, steps, start, start_step).until(at)
+    trajectory = _opened(run, steps, start, start_step).until(at)
     last = trajectory.checkpoints[-1]
     layout = plan_layout(last.tensors, dtype, max_shard_size, last.is_adapter)
     summaries = [
@@ -177,6 +177,19 @@ def average_checkpoints(
     return summaries
 
 
+def _opened(
+    run: StrPath | Sequence[StrPath] | Trajectory,
+    steps: Sequence[int] | None,
+    start: StrPath | None,
+    start_step: int | None,
+) -> Trajectory:
+    if not isinstance(run, Trajectory):
+        return find_checkpoints(run, steps, start, start_step)
+    if steps is not None or start is not None or start_step is not None:
+        raise ValueError("steps, start and start_step belong to find_checkpoints, which has opened this run already.")
+    return run
+
+
 def _companions_folder(trajectory: Trajectory) -> Path:
     """Where configuration and tokenizer are: beside the last weights or, as these may be bare shards, beside θ_0's."""
     folders = [trajectory.checkpoints[-1].folder, trajectory.checkpoints[0].folder]
@@ -184,7 +197,7 @@ def _companions_folder(trajectory: Trajectory) -> Path:
 
 
 def inspect_run(
-    run: StrPath | Sequence[StrPath],
+    run: StrPath | Sequence[StrPath] | Trajectory,
     rules: Rule | Mapping[str, Rule] | None = None,
     *,
     start: StrPath | None = None,
@@ -202,7 +215,7 @@ def inspect_run(
         CheckpointError: if checkpoints are missing, damaged or do not belong together.
         ValueError: if an argument is out of range, or a rule makes no update among the steps.
     """
-    trajectory = find_checkpoints(run, steps, start, start_step).until(at)
+    trajectory = _opened(run, steps, start, start_step).until(at)
     last = trajectory.checkpoints[-1]
     dtypes: dict[str, int] = {}
     for info in last.tensors.values():

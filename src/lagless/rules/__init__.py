@@ -47,7 +47,12 @@ from lagless.rules._rule import (
     SnapshotBuffer as SnapshotBuffer,
     UpdateCoefficients as UpdateCoefficients,
 )
-from lagless.rules._settings import rules_from_settings as rules_from_settings
+from lagless.rules._settings import (
+    RuleArgument as RuleArgument,
+    rule_arguments as rule_arguments,
+    rule_names as rule_names,
+    rules_from_settings as rules_from_settings,
+)
 from lagless.rules._windows import (
     PowerEMA as PowerEMA,
     UniformAverage as UniformAverage,

@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
-import inspect
+import difflib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from lagless._signatures import Argument, arguments_of
 from lagless.rules._registry import RULES
 from lagless.rules._rule import Rule
 
 Value = str | float | int
+
+
+class RuleArgument(NamedTuple):
+    """An argument that one or several rules have.
+
+    Attributes:
+        name: as it is typed.
+        rules: the names of the rules that have it, in lower case.
+        annotations: its type in each of them.
+        text: what the first of them that documents it says.
+    """
+
+    name: str
+    rules: tuple[str, ...]
+    annotations: tuple[Any, ...]
+    text: str
+
+
+def rule_names() -> tuple[str, ...]:
+    """Return the names of all rules that are known, in lower case, as settings and commands take them."""
+    return tuple(_known())
+
+
+def rule_arguments() -> dict[str, RuleArgument]:
+    """Return every argument that a known rule has, by name.
+
+    >>> rule_arguments()["half_life"].rules
+    ('ema',)
+    """
+    found: dict[str, list[tuple[str, Argument]]] = {}
+    for kind, make in _known().items():
+        for argument in arguments_of(make).values():
+            found.setdefault(argument.name, []).append((kind, argument))
+    return {
+        name: RuleArgument(
+            name,
+            tuple(kind for kind, _ in owners),
+            tuple(argument.annotation for _, argument in owners),
+            next((argument.text for _, argument in owners if argument.text), ""),
+        )
+        for name, owners in found.items()
+    }
 
 
 def rules_from_settings(
@@ -32,28 +76,36 @@ def rules_from_settings(
     >>> list(rules_from_settings(["bema", "ema"], {"update-freq": 10}, {"bias-power": ["0.2", "inf"]}))
     ['bema-bias_power=0.2', 'bema-bias_power=inf', 'ema']
     """
-    known = {name.lower(): name for name in RULES}
+    known = _known()
     fixed = {_argument(key): value for key, value in (settings or {}).items()}
     varied = {_argument(key): list(values) for key, values in (grid or {}).items()}
     for kind in kinds:
         if _kind(kind) not in known:
-            raise ValueError(f"unknown rule {kind!r}; known: {', '.join(known)}.")
-    accepted = {kind: inspect.signature(RULES[known[_kind(kind)]]).parameters for kind in kinds}
+            raise ValueError(f"unknown rule {kind!r}{_suggestion(_kind(kind), known)}; known: {', '.join(known)}.")
+    accepted = {kind: arguments_of(known[_kind(kind)]) for kind in kinds}
     for key in (*fixed, *varied):
-        if not any(key in parameters for parameters in accepted.values()):
-            raise ValueError(f"{key} is no argument of {', '.join(kinds)}; {_listing(accepted)}.")
+        if not any(key in arguments for arguments in accepted.values()):
+            names = [name for arguments in accepted.values() for name in arguments]
+            raise ValueError(
+                f"{key} is no argument of {', '.join(kinds)}{_suggestion(key, names)}; {_listing(accepted)}."
+            )
         if key in fixed and key in varied:
             raise ValueError(f"{key} is given as a setting and in the grid; leave one out.")
 
     rules: dict[str, Rule] = {}
-    for kind, parameters in accepted.items():
-        mine = {key: _number(value) for key, value in fixed.items() if key in parameters}
-        axes = {key: values for key, values in varied.items() if key in parameters}
+    for kind, arguments in accepted.items():
+        mine = {key: _number(value) for key, value in fixed.items() if key in arguments}
+        axes = {key: values for key, values in varied.items() if key in arguments}
         for point in itertools.product(*axes.values()):
             values = {key: _number(value) for key, value in zip(axes, point, strict=True)}
             name = "-".join([_kind(kind), *(f"{key}={value}" for key, value in values.items())])
-            rules[name] = RULES[known[_kind(kind)]](**mine, **values)
+            rules[name] = known[_kind(kind)](**mine, **values)
     return rules
+
+
+def _known() -> dict[str, Callable[..., Rule]]:
+    """Name in lower case → rule."""
+    return {name.lower(): make for name, make in RULES.items()}
 
 
 def _kind(text: str) -> str:
@@ -68,7 +120,7 @@ def _number(value: Value) -> Value:
     if not isinstance(value, str):
         return value
     text = value.strip()
-    if re.fullmatch(r"[+-]?\d+", text):
+    if re.fullmatch(r"[+-]?\d{1,18}", text):
         return int(text)
     try:
         return float(text)
@@ -76,5 +128,10 @@ def _number(value: Value) -> Value:
         return text
 
 
+def _suggestion(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
 def _listing(accepted: Mapping[str, Mapping[str, object]]) -> str:
-    return "; ".join(f"{kind} has {', '.join(parameters)}" for kind, parameters in accepted.items())
+    return "; ".join(f"{kind} has {', '.join(arguments)}" for kind, arguments in accepted.items())

@@ -1,0 +1,103 @@
+"""``lagless average`` and ``lagless inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lagless.cli._rule_options import Grid, RuleNames, chosen_rules, integers, require_rule, rule_options
+
+Runs = Annotated[
+    list[Path],
+    typer.Argument(metavar="RUN", help="Run folder with checkpoint-N folders; or two or more checkpoints."),
+]
+Start = Annotated[Path | None, typer.Option(help="Checkpoint that is θ_0. Default: the earliest one of the run.")]
+StartStep = Annotated[int | None, typer.Option(help="Step of --start. Default: 0.")]
+Steps = Annotated[str | None, typer.Option(help="Steps to use, e.g. 0,100,200; for a list of files, their steps.")]
+At = Annotated[int | None, typer.Option(help="Average as of this step; later checkpoints are left out.")]
+
+
+@rule_options
+def average(
+    run: Runs,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to make.")],
+    settings: dict[str, Any],
+    rule: RuleNames = ["bema"],  # noqa: B006 (typer copies it)
+    grid: Grid = [],  # noqa: B006
+    start: Start = None,
+    start_step: StartStep = None,
+    steps: Steps = None,
+    at: At = None,
+    dtype: Annotated[
+        str, typer.Option(help="Type of the weights written: auto (as stored), float32, bfloat16, float16, float64.")
+    ] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    memory: Annotated[str, typer.Option(help="Most memory for buffers.")] = "1GiB",
+    accumulate: Annotated[Literal["float32", "float64"], typer.Option(help="Type to sum in.")] = "float32",
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT.")] = False,
+    allow_nonfinite: Annotated[bool, typer.Option(help="Average NaN and infinity instead of refusing.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything and say what would be done; write nothing.")] = False,
+) -> None:
+    """Average the checkpoints of a run into models that from_pretrained loads; every byte is read once.
+
+    Several rules or a --grid make one model each, in OUT/NAME. Under torchrun the processes divide the files of OUT.
+    """
+    from lagless.checkpoints import find_checkpoints, parse_size
+    from lagless.cli._processes import reading, torchrun
+    from lagless.cli._summaries import print_averages, print_rounding, print_start, print_written
+    from lagless.posthoc import average_checkpoints
+
+    trajectory = find_checkpoints(_source(run), integers("--steps", steps), start, start_step).until(at)
+    rules = chosen_rules(trajectory.steps, rule, settings, grid)
+    with torchrun() as group, reading() as progress:
+        summaries = average_checkpoints(
+            trajectory,
+            rules if len(rules) > 1 else next(iter(rules.values())),
+            output,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            memory=parse_size(memory),
+            accumulate=accumulate,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+            dry_run=dry_run,
+            group=group,
+        )
+    print_start(trajectory)
+    print_averages(summaries, list(rules))
+    if dtype == "auto":
+        print_rounding(trajectory)
+    print_written(summaries, dry_run)
+
+
+@rule_options
+def inspect_command(
+    run: Runs,
+    settings: dict[str, Any],
+    rule: RuleNames = [],  # noqa: B006
+    grid: Grid = [],  # noqa: B006
+    start: Start = None,
+    start_step: StartStep = None,
+    steps: Steps = None,
+    at: At = None,
+) -> None:
+    """Say what is in a run folder, and with --rule what a rule would make of it; no weights are read."""
+    from lagless.checkpoints import find_checkpoints
+    from lagless.cli._summaries import print_averages, print_run, print_start, print_weights
+    from lagless.posthoc import inspect_run
+
+    require_rule(rule, settings, grid)
+    trajectory = find_checkpoints(_source(run), integers("--steps", steps), start, start_step).until(at)
+    summary = inspect_run(trajectory, chosen_rules(trajectory.steps, rule, settings, grid) if rule else None)
+    print_run(summary)
+    print_start(trajectory)
+    if summary.averages:
+        print_averages(summary.averages)
+        print_weights(summary)
+
+
+def _source(run: list[Path]) -> Path | list[Path]:
+    return run[0] if len(run) == 1 else run

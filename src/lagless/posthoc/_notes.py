@@ -1,0 +1,36 @@
+"""What a user may not expect of an average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lagless.posthoc._average import AverageSummary
+from lagless.rules import WindowAverage, common_update_freq, start_note
+
+
+def notes_on(s: AverageSummary) -> Iterator[str]:
+    """Yield what a user may not expect of an average, a sentence each."""
+    skipped = [step for step in s.steps[1:] if step > s.rule.update_after and not s.rule.schedule.updates(step)]
+    if skipped[-1:] == [s.steps[-1]]:
+        skipped.pop()  # the last one counts in any case
+    if skipped:
+        yield (
+            f"update_freq={s.rule.update_freq} leaves out {len(skipped)} of {len(s.steps)} checkpoints (steps "
+            f"{short_steps(tuple(skipped))}); {common_update_freq(s.steps, s.rule.update_after)} uses all"
+        )
+    if isinstance(s.rule, WindowAverage):
+        yield f"θ_0 (step {s.steps[0]}) is not one of the snapshots averaged"
+        if len(s.steps) - 1 < s.rule.window:
+            yield f"these are all {len(s.steps) - 1} there are, fewer than window={s.rule.window}"
+    if s.effective_iterates < 1.0:
+        yield (
+            "noisier than the last checkpoint alone: the correction outweighs what averaging gains; a larger "
+            "bias_power corrects less, and a larger ema_power averages more"
+        )
+    if note := start_note(s.rule, s.anchor, s.steps[-1]):
+        yield note
+
+
+def short_steps(steps: Sequence[int]) -> str:
+    """Return steps as text, with the middle left out where there are many."""
+    return ", ".join(map(str, steps)) if len(steps) <= 8 else f"{steps[0]}, {steps[1]}, ..., {steps[-1]}"
