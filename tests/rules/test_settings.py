@@ -1,11 +1,12 @@
 """Rules as people type them."""
 
+import inspect
 import math
 
 import pytest
 
-from lagless import BEMA, EMA, PowerEMA
-from lagless.rules import rules_from_settings
+from lagless import BEMA, EMA, PowerEMA, WindowAverage
+from lagless.rules import rule_arguments, rules_from_settings
 
 
 def test_one_rule():
@@ -31,6 +32,9 @@ def test_grid_multiplies_the_kinds_that_have_it():
         (["swa"], {}, {}, "unknown rule 'swa'; known: ema, bema"),
         (["ema"], {"bias_power": 1}, {}, "bias_power is no argument of ema; ema has ema_power"),
         (["ema"], {"decay": 0.9}, {"decay": [0.8]}, "decay is given as a setting and in the grid"),
+        (["ema"], {"half-live": 3}, {}, r"half_live is no argument of ema; .* Did you mean half_life\?"),
+        (["emma"], {}, {}, r"unknown rule 'emma'; known: .* Did you mean ema\?"),
+        (["ema"], {"decay": "nan"}, {}, "decay=nan; it must be a number"),
         (["ema"], {"decay": "much"}, {}, "decay='much'; it must be a number"),
         (["ema"], {}, {"update_freq": ["2.5"]}, "update_freq=2.5; it must be an integer"),
     ],
@@ -38,3 +42,11 @@ def test_grid_multiplies_the_kinds_that_have_it():
 def test_refusals(kinds, settings, grid, message):
     with pytest.raises(ValueError, match=message):
         rules_from_settings(kinds, settings, grid)
+
+
+def test_arguments_of_all_rules_are_listed():
+    found = rule_arguments()
+    assert {name for rule in (EMA, BEMA, WindowAverage) for name in inspect.signature(rule).parameters} <= found.keys()
+    assert set(found["form"].rules) == {"ema", "bema"} and found["window"].rules == ("windowaverage",)
+    for argument in found.values():
+        assert argument.text, f"{argument.name}: no rule documents it"

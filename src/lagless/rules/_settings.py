@@ -81,13 +81,13 @@ def rules_from_settings(
     varied = {_argument(key): list(values) for key, values in (grid or {}).items()}
     for kind in kinds:
         if _kind(kind) not in known:
-            raise ValueError(f"unknown rule {kind!r}{_suggestion(_kind(kind), known)}; known: {', '.join(known)}.")
+            raise ValueError(f"unknown rule {kind!r}; known: {', '.join(known)}.{_suggestion(_kind(kind), known)}")
     accepted = {kind: arguments_of(known[_kind(kind)]) for kind in kinds}
     for key in (*fixed, *varied):
         if not any(key in arguments for arguments in accepted.values()):
             names = [name for arguments in accepted.values() for name in arguments]
             raise ValueError(
-                f"{key} is no argument of {', '.join(kinds)}{_suggestion(key, names)}; {_listing(accepted)}."
+                f"{key} is no argument of {', '.join(kinds)}; {_listing(accepted)}.{_suggestion(key, names)}"
             )
         if key in fixed and key in varied:
             raise ValueError(f"{key} is given as a setting and in the grid; leave one out.")
@@ -129,8 +129,8 @@ def _number(value: Value) -> Value:
 
 
 def _suggestion(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {close[0]}?" if close else ""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _listing(accepted: Mapping[str, Mapping[str, object]]) -> str:
