@@ -203,10 +203,10 @@ def test_a_run_is_opened_once(run, tmp_path, monkeypatch):
 
         return count
 
-    from lagless.checkpoints import _checkpoint, _trajectory
+    from lagless.checkpoints import _open, _trajectory
 
     monkeypatch.setattr(_trajectory, "open_checkpoint", counting(opened, _trajectory.open_checkpoint))
-    monkeypatch.setattr(_checkpoint, "read_header", counting(headers, _checkpoint.read_header))
+    monkeypatch.setattr(_open, "read_header", counting(headers, _open.read_header))
     folder, walk = run
     base = folder / "base"
     (folder / "checkpoint-0").rename(base)
