@@ -13,6 +13,7 @@ writes what the finished cells say.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -102,12 +103,10 @@ def parts(average: Average) -> Sequence[str]:
 
 
 def adamw_settings() -> Iterator[Setting]:
-    """Yield the AdamW runs, the most informative first."""
-    for batch in BATCHES:
-        for seed in SEEDS:
-            for final in FINALS:
-                for rate in RATES:
-                    yield Setting("adamw", rate, final, batch, seed)
+    """Yield the AdamW runs: seed by seed, high rates and constant schedules first."""
+    pairs = sorted(itertools.product(range(len(FINALS)), range(len(RATES))), key=sum)
+    for batch, seed, (final, rate) in itertools.product(BATCHES, SEEDS, pairs):
+        yield Setting("adamw", RATES[rate], FINALS[final], batch, seed)
 
 
 def sgd_tuning_settings(rate: float) -> list[Setting]:
