@@ -29,7 +29,7 @@ def test_grid_multiplies_the_kinds_that_have_it():
 @pytest.mark.parametrize(
     "kinds, settings, grid, message",
     [
-        (["swa"], {}, {}, "unknown rule 'swa'; known: ema, bema"),
+        (["swa"], {}, {}, "unknown rule 'swa'; known: bema, ouema, ema"),
         (["ema"], {"bias_power": 1}, {}, "bias_power is no argument of ema; ema has ema_power"),
         (["ema"], {"decay": 0.9}, {"decay": [0.8]}, "decay is given as a setting and in the grid"),
         (["ema"], {"half-live": 3}, {}, r"half_live is no argument of ema; .* Did you mean half_life\?"),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lagless.checkpoints import Bytes, TensorInfo, build_header, byte_view
 from lagless.execution import gather, ranks_of
+from lagless.rules import same_rule
 
 FORMAT = 1
 _KEY = "lagless"
@@ -87,7 +88,8 @@ def match(state: State, expected: State) -> dict[str, Tensor]:
             raise ValueError(
                 f"averager state has format {meta['format']!r}; this lagless reads {FORMAT}. Update lagless."
             )
-        if meta["rules"] != wanted["rules"]:
+        given, own = meta["rules"], wanted["rules"]
+        if given.keys() != own.keys() or not all(same_rule(given[name], own[name]) for name in own):
             raise ValueError(
                 f"averager state was made with rules {meta['rules']}, this Averager has {wanted['rules']}. "
                 "Make the Averager with the same rules and names, or start new averages."

@@ -36,9 +36,19 @@ from lagless.rules._gains import (
     ProfileGain as ProfileGain,
     UniformGain as UniformGain,
 )
+from lagless.rules._json import (
+    hyperparameters as hyperparameters,
+    rule_from_dict as rule_from_dict,
+    rule_to_dict as rule_to_dict,
+    same_rule as same_rule,
+)
 from lagless.rules._named import named_rules as named_rules
 from lagless.rules._reconstruction import Reconstruction as Reconstruction, reconstruct as reconstruct
-from lagless.rules._registry import RULES as RULES, rule_from_dict as rule_from_dict, rule_to_dict as rule_to_dict
+from lagless.rules._registry import (
+    built_in_rules as _built_in_rules,
+    find_rule as find_rule,
+    known_rules as known_rules,
+)
 from lagless.rules._rule import (
     EmaBuffer as EmaBuffer,
     InitialWeights as InitialWeights,
@@ -58,6 +68,9 @@ from lagless.rules._windows import (
     UniformAverage as UniformAverage,
     WindowAverage as WindowAverage,
 )
+
+RULES = _built_in_rules()
+"""The rules of lagless itself, by name: whatever the modules imported above define."""
 
 __getattr__ = _former_names(
     __name__,

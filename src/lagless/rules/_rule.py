@@ -9,13 +9,16 @@ combination of them:
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lagless._validation import check_integer
 from lagless.rules._clock import Tick, UpdateSchedule
 from lagless.rules._gains import Gain
+from lagless.rules._registry import register
 
 Row = tuple[float, ...]
 
@@ -56,11 +59,38 @@ class SnapshotBuffer(NamedTuple):
     schedule: UpdateSchedule
 
 
+class _FormerName(property):
+    """A property that a subclass still defines under its former name."""
+
+    def __init__(self, former: str) -> None:
+        super().__init__(lambda rule: getattr(rule, former))
+
+
+_FORMER = {"labels": "buffer_keys", "timing": "schedule"}
+
+
+def _former(name: str, new: str) -> property:
+    """A property under its former name, also for ``super().name`` of a subclass that defines it."""
+
+    def read(rule: Rule) -> Any:
+        warnings.warn(
+            f"{type(rule).__name__}.{name} is called {new} now; the former name goes with the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        defined = (kind.__dict__[new] for kind in type(rule).__mro__ if new in kind.__dict__)
+        own = next(value for value in defined if not isinstance(value, _FormerName))
+        return own.__get__(rule, type(rule)) if hasattr(own, "__get__") else own
+
+    return property(read)
+
+
 class Rule(ABC):
     """What every averaging rule is: hyperparameters, buffers, coefficients.
 
     To write a rule of your own, subclass with a frozen dataclass and give ``buffer_keys``, ``update`` and ``read``;
-    then run ``lagless.testing.check_rule`` on it.
+    then run ``lagless.testing.check_rule`` on it. A rule is known by its name from its definition on; a package
+    declares its rules in the entry-point group ``lagless.rules``, which makes them known to commands and recipes.
 
     Attributes:
         update_after: τ, burn-in in optimizer steps, ≥ 0.
@@ -70,9 +100,26 @@ class Rule(ABC):
     update_after: int
     update_freq: int
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for former, new in _FORMER.items():
+            defined = former in cls.__dict__ and new not in cls.__dict__
+            if defined and former not in inspect.get_annotations(cls):  # a hyperparameter may be called so
+                warnings.warn(
+                    f"{cls.__name__} defines {former}, which is called {new} now: rename it. The former name goes with "
+                    "the next release.",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+                setattr(cls, new, _FormerName(former))
+        register(cls)
+
     def __post_init__(self) -> None:
         check_integer(self, "update_after", minimum=0)
         check_integer(self, "update_freq", minimum=1)
+
+    labels = _former("labels", "buffer_keys")
+    timing = _former("timing", "schedule")
 
     @property
     def schedule(self) -> UpdateSchedule:

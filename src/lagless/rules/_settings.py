@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lagless._signatures import Argument, arguments_of
-from lagless.rules._registry import RULES
+from lagless.rules._registry import kind_of, known_rules
 from lagless.rules._rule import Rule
 
 Value = str | float | int
@@ -33,7 +33,7 @@ class RuleArgument(NamedTuple):
 
 def rule_names() -> tuple[str, ...]:
     """Return the names of all rules that are known, in lower case, as settings and commands take them."""
-    return tuple(_known())
+    return tuple(known_rules())
 
 
 def rule_arguments() -> dict[str, RuleArgument]:
@@ -43,7 +43,7 @@ def rule_arguments() -> dict[str, RuleArgument]:
     ('ema',)
     """
     found: dict[str, list[tuple[str, Argument]]] = {}
-    for kind, make in _known().items():
+    for kind, make in known_rules().items():
         for argument in arguments_of(make).values():
             found.setdefault(argument.name, []).append((kind, argument))
     return {
@@ -76,13 +76,13 @@ def rules_from_settings(
     >>> list(rules_from_settings(["bema", "ema"], {"update-freq": 10}, {"bias-power": ["0.2", "inf"]}))
     ['bema-bias_power=0.2', 'bema-bias_power=inf', 'ema']
     """
-    known = _known()
+    known = known_rules()
     fixed = {_argument(key): value for key, value in (settings or {}).items()}
     varied = {_argument(key): list(values) for key, values in (grid or {}).items()}
     for kind in kinds:
-        if _kind(kind) not in known:
-            raise ValueError(f"unknown rule {kind!r}; known: {', '.join(known)}.{_suggestion(_kind(kind), known)}")
-    accepted = {kind: arguments_of(known[_kind(kind)]) for kind in kinds}
+        if kind_of(kind) not in known:
+            raise ValueError(f"unknown rule {kind!r}; known: {', '.join(known)}.{_suggestion(kind_of(kind), known)}")
+    accepted = {kind: arguments_of(known[kind_of(kind)]) for kind in kinds}
     for key in (*fixed, *varied):
         if not any(key in arguments for arguments in accepted.values()):
             names = [name for arguments in accepted.values() for name in arguments]
@@ -98,18 +98,9 @@ def rules_from_settings(
         axes = {key: values for key, values in varied.items() if key in arguments}
         for point in itertools.product(*axes.values()):
             values = {key: _number(value) for key, value in zip(axes, point, strict=True)}
-            name = "-".join([_kind(kind), *(f"{key}={value}" for key, value in values.items())])
-            rules[name] = known[_kind(kind)](**mine, **values)
+            name = "-".join([kind_of(kind), *(f"{key}={value}" for key, value in values.items())])
+            rules[name] = known[kind_of(kind)](**mine, **values)
     return rules
-
-
-def _known() -> dict[str, Callable[..., Rule]]:
-    """Name in lower case → rule."""
-    return {name.lower(): make for name, make in RULES.items()}
-
-
-def _kind(text: str) -> str:
-    return text.lower().replace("-", "").replace("_", "")
 
 
 def _argument(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lagless.averaging import Averager
-from lagless.rules import FloatArray, Rule, ticks, trajectory_weights
+from lagless.rules import FloatArray, Rule, hyperparameters, rule_from_dict, rule_to_dict, ticks, trajectory_weights
 
 
 def check_rule(rule: Rule) -> None:
@@ -55,7 +56,17 @@ def labels_identify_contents(rule: Rule) -> None:
 def rule_is_a_value(rule: Rule) -> None:
     """A rule is hashable, prints its hyperparameters and survives pickling."""
     assert pickle.loads(pickle.dumps(rule)) == rule and hash(copy.copy(rule)) == hash(rule), "rules are values"
-    assert all(f"{name}=" in repr(rule) for name in vars(rule)), "repr shows every hyperparameter"
+    assert all(f"{name}=" in repr(rule) for name in hyperparameters(rule)), "repr shows every hyperparameter"
+
+
+def json_makes_the_rule_again(rule: Rule) -> None:
+    """Written as JSON and read again it is the same rule: hyperparameters are numbers, text, booleans, None, tuples."""
+    try:
+        record = json.dumps(rule_to_dict(rule))
+    except TypeError as error:
+        raise AssertionError(f"hyperparameters must be plain JSON, as states and exports hold them: {error}") from error
+    again = rule_from_dict(json.loads(record))
+    assert type(again) is type(rule) and again == rule, f"{again!r} came back from JSON for {rule!r}"
 
 
 def averager_equals_filter(rule: Rule) -> None:
@@ -122,6 +133,7 @@ RULE_CHECKS: tuple[Callable[[Rule], None], ...] = (
     weights_sum_to_one,
     labels_identify_contents,
     rule_is_a_value,
+    json_makes_the_rule_again,
     averager_equals_filter,
     constant_stays_constant,
     resumed_equals_never_stopped,
