@@ -86,7 +86,7 @@ def test_inspect(run, monkeypatch, capsys):
 
 BAD = [
     (["average", "RUN/none", "-o", "OUT"], "none: no such folder"),
-    (["average", "RUN", "-o", "OUT", "--rule", "swa"], "unknown rule 'swa'; known: ema, bema"),
+    (["average", "RUN", "-o", "OUT", "--rule", "swa"], "unknown rule 'swa'; known: bema, ouema, ema"),
     (["average", "RUN", "-o", "OUT", "--decay", "0.9"], "decay is no argument of bema"),
     (["average", "RUN", "-o", "OUT", "--rule", "ema", "--decay", "1.5"], "decay=1.5; it must be a number >= 0, < 1"),
     (["average", "RUN", "-o", "OUT", "--lag", "0", "--multiplier", "0"], "β must lie in (0, 1]"),

@@ -21,6 +21,7 @@ from lagless.rules import (
     Rule,
     UpdateCoefficients,
     UpdateSchedule,
+    _registry,
     known_rules,
     rule_from_dict,
     rule_to_dict,
@@ -64,9 +65,11 @@ def packages(tmp_path, monkeypatch):
             (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}-dist\nVersion: 1.0\n")
             (info / "entry_points.txt").write_text(f"[lagless.rules]\n{entry_points}\n")
         importlib.invalidate_caches()
+        _registry._declared_on.cache_clear()
         written.append(module)
 
     yield write
+    _registry._declared_on.cache_clear()
     for module in written:
         sys.modules.pop(module, None)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
+from collections.abc import Mapping
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -149,7 +151,13 @@ def _remedy(name: str, module: str) -> str:
     return f"Nothing has imported it: write `import {module}` first, or install the package that has it."
 
 
-def _declared() -> dict[str, list[EntryPoint]]:
+def _declared() -> Mapping[str, list[EntryPoint]]:
+    return _declared_on(tuple(sys.path))
+
+
+@lru_cache(maxsize=1)
+def _declared_on(path: tuple[str, ...]) -> Mapping[str, list[EntryPoint]]:
+    """The entry points of the packages on ``path``, which must be ``sys.path``; reading them takes a while."""
     found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
         found.setdefault(kind_of(point.name), []).append(point)
