@@ -115,7 +115,7 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_more_models_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lagless.checkpoints._writer._OPEN_FILES", 2)
+    monkeypatch.setattr("lagless.checkpoints._writer.spare_descriptors", lambda: 2)
     names = [f"m{i}" for i in range(5)]
     _write(tmp_path / "out", names)
     for row, name in enumerate(names):

@@ -179,7 +179,7 @@ def test_files_are_held_open_only_while_few(
 ) -> None:
     states = [make_state(i) for i in range(5)]
     checkpoints = _open(make_run(states))
-    monkeypatch.setattr("lagless.posthoc._weighted_sums._OPEN_FILES", limit)
+    monkeypatch.setattr("lagless.posthoc._weighted_sums.spare_descriptors", lambda: limit)
     before = _open_files()
     counts = []
     stream_product(checkpoints, np.full(5, 0.2), lambda *_: counts.append(_open_files() - before), workers=1)

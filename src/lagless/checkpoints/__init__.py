@@ -6,6 +6,7 @@ from lagless.checkpoints._atomic_folder import (
     check_destination as check_destination,
 )
 from lagless.checkpoints._checkpoint import Checkpoint as Checkpoint
+from lagless.checkpoints._descriptors import spare_descriptors as spare_descriptors
 from lagless.checkpoints._errors import CheckpointError as CheckpointError
 from lagless.checkpoints._fingerprint import combine_digests as combine_digests, fingerprint as fingerprint
 from lagless.checkpoints._layout import (
@@ -33,4 +34,5 @@ from lagless.checkpoints._trajectory import (
     check_alike as check_alike,
     find_checkpoints as find_checkpoints,
 )
+from lagless.checkpoints._weight_names import is_running_statistic as is_running_statistic
 from lagless.checkpoints._writer import ModelWriter as ModelWriter

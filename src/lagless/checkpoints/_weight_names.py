@@ -28,6 +28,7 @@ _OF_OPTIMIZERS = {
     *("max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "prev_param"),
     *("fp32_param", "fp32_params", "master_param", "master_params", "master_weight", "master_weights"),
 }
+_STATISTIC = re.compile(r"running_\w+|moving_(mean|var|variance)|num_batches_tracked")
 
 
 def is_other_state(name: str) -> bool:
@@ -39,6 +40,18 @@ def is_other_state(name: str) -> bool:
     parts = re.split(r"[./]", name)
     first = next((part for part in parts if not _CHAINED.fullmatch(part)), "")
     return len(parts) > 1 and (_OTHER_STATES.fullmatch(first) is not None or not _OF_OPTIMIZERS.isdisjoint(parts))
+
+
+def is_running_statistic(name: str) -> bool:
+    """Whether a name is that of a statistic of activations that a normalisation layer keeps, like batch norm.
+
+    Such buffers belong to the weights they were gathered under. A rule with negative weights, like BEMA, would make
+    negative variances of them.
+
+    >>> is_running_statistic("bn1.running_var"), is_running_statistic("bn1.weight")
+    (True, False)
+    """
+    return _STATISTIC.fullmatch(name.rpartition(".")[2]) is not None
 
 
 def depth_of_state(path: Sequence[object]) -> int:

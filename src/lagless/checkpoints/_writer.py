@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from lagless.checkpoints._atomic_folder import Destination
+from lagless.checkpoints._descriptors import spare_descriptors
 from lagless.checkpoints._errors import CheckpointError
 from lagless.checkpoints._layout import Layout
 from lagless.checkpoints._readers import Bytes, byte_view
 from lagless.checkpoints._sidecar_files import copy_sidecar_files
 from lagless.execution import Ranks
-
-_OPEN_FILES = 256
 
 
 class ModelWriter:
@@ -112,7 +111,8 @@ class ModelWriter:
 
     def _open(self) -> None:
         with self._reporting():
-            for path in [folder / file.name for folder in self._folders for file in self._layout.files][:_OPEN_FILES]:
+            paths = [folder / file.name for folder in self._folders for file in self._layout.files]
+            for path in paths[: spare_descriptors()]:
                 self._descriptors[path] = os.open(path, os.O_RDWR)
 
     def _prepare(self, folder: Path) -> None:

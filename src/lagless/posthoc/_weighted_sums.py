@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from typing import Literal, Protocol
@@ -20,17 +20,24 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from lagless.checkpoints import Checkpoint, CheckpointError, byte_view, combine_digests
+from lagless.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    byte_view,
+    combine_digests,
+    is_running_statistic,
+    spare_descriptors,
+)
 from lagless.execution import Ranks
-from lagless.posthoc._blocks import OpenTensor, Workspace, block_width, covering_rows, scratch_bytes
+from lagless.posthoc._blocks import OpenTensor, Workspace, block_width, covering_rows, keep_constants, scratch_bytes
 
 Accumulate = Literal["float32", "float64"]
 Progress = Callable[[int, int], None]
 
 _WORKERS = 8  # more do not read faster
-_OPEN_FILES = 256  # well below the usual limit of 1024 per process
 _WORKSPACE = 4 << 20  # bytes per worker at which blocks stay in cache and calls are few; measured on 2 cores
 _SHORTEST = 1 << 15  # elements; shorter reads cost more in calls than they gain in cache
+_AFFINE = 1e-9  # how far weights that sum to 1 may be from it
 
 
 class Consumer(Protocol):
@@ -63,14 +70,18 @@ def stream_product(
 ) -> list[str | None]:
     """Form G weighted sums of N checkpoints, reading every byte once.
 
+    Where all checkpoints that are read have the same element, an average (weights that sum to 1) has it too, bit for
+    bit, also where it is infinite.
+
     Args:
         checkpoints: N checkpoints with the same tensors.
         weights: shape (G, N), or (N,) for one average. A checkpoint whose weight is 0 in every row is not read.
         consumer: called with ranges of the result as they become known; see :class:`Consumer`. Tensors without elements
             are left out.
         accumulate: the type in which floating-point tensors are summed; tensors stored in float64 are always summed in
-            float64. Integer and boolean tensors are taken from the last checkpoint that is read.
-        memory: the most bytes to use for buffers. (Mapped pages of torch files come on top; the system reclaims them.)
+            float64. Integer and boolean tensors, and running statistics of normalisation layers (``running_mean``,
+            ``running_var``), are taken from the last checkpoint that is read.
+        memory: the most bytes to use for buffers. (A tensor that a torch file does not hold row by row comes on top.)
         workers: threads; by default one per processor, at most 8.
         allow_nonfinite: average NaN and infinity as they are, instead of refusing them. They reach every row, also
             where the weight is 0.
@@ -131,14 +142,21 @@ class _Product:
         self._digests: dict[str, list[str]] = {}
         self._sources, self._weights, self._consumer, self._workers = sources, weights, consumer, workers
         self._checked = [] if allow_nonfinite else covering_rows(weights)
+        self._affine = [g for g, row in enumerate(weights) if abs(row.sum() - 1.0) <= _AFFINE * np.abs(row).sum()]
         self._tensors = sources[-1].tensors
         self._queue = deque(sorted(names, key=lambda name: self._tensors[name].nbytes, reverse=True))
-        self._types = {name: _sum_type([c.tensors[name].dtype for c in sources], accumulate) for name in self._tensors}
+        self._types = {
+            name: None
+            if is_running_statistic(name)
+            else _sum_type([c.tensors[name].dtype for c in sources], accumulate)
+            for name in self._tensors
+        }
         sum_bytes = sum(dtype.itemsize for dtype in set(self._types.values()) if dtype is not None)
         rows, columns = weights.shape
         stored = ((c.tensors[name].dtype, dtype) for c in sources for name, dtype in self._types.items())
         self._scratch = scratch_bytes(columns, {held for held, dtype in stored if dtype is not None and held != dtype})
         self._width = block_width(rows, columns, sum_bytes, self._scratch, memory // workers, _WORKSPACE, _SHORTEST)
+        self._descriptors = spare_descriptors()
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._progress, self._done, self._total = (
             progress,
@@ -163,7 +181,7 @@ class _Product:
         return self._digests
 
     def _work(self) -> None:
-        keep_open = len(self._sources) * self._workers <= _OPEN_FILES
+        keep_open = len(self._sources) * self._workers <= self._descriptors
         scratch = torch.empty(self._width * self._scratch, dtype=torch.uint8, device="cpu")
         spaces: dict[torch.dtype, Workspace] = {}
         while not self._stop.is_set():
@@ -189,23 +207,29 @@ class _Product:
     def _sum(self, name: str, start: int, space: Workspace, tensor: OpenTensor) -> None:
         count = min(self._width, self._tensors[name].numel - start)
         block, finite = space.form(tensor, start, count)
+        rows = space.rows[:, :count]
+        constant = keep_constants(rows, block, self._affine)
         if not finite:
-            self._refuse_nonfinite(name, start, space.rows[:, :count])
+            if constant is not None and len(self._affine) == len(self._weights):
+                rows = rows.masked_fill(constant, 0.0)  # infinite everywhere, as in masks
+            self._refuse_nonfinite(name, start, zip(self._sources, rows, strict=True))
         self._consumer(name, start, block)
         self._report(name, count)
 
     def _copy(self, name: str, start: int, scratch: Tensor, tensor: OpenTensor) -> None:
-        info = self._tensors[name]
-        count = min(self._width, info.numel - start)
-        part = scratch[: count * info.dtype.itemsize]
-        for row in range(len(self._sources)):  # what stays in part is the last checkpoint's
-            tensor.read_one(row, start, byte_view(part).data)
-        self._consumer(name, start, part.view(info.dtype).expand(len(self._weights), count))
+        count = min(self._width, self._tensors[name].numel - start)
+        for row, stored in enumerate(tensor.types):  # what stays is the last checkpoint's
+            tensor.read_one(row, start, byte_view(scratch[: count * stored.itemsize]).data)
+        dtype = tensor.types[-1]
+        values = scratch[: count * dtype.itemsize].view(dtype)
+        if dtype.is_floating_point and self._checked:
+            self._refuse_nonfinite(name, start, [(self._sources[-1], values)])
+        self._consumer(name, start, values.expand(len(self._weights), count))
         self._report(name, count)
 
-    def _refuse_nonfinite(self, name: str, start: int, rows: Tensor) -> None:
+    def _refuse_nonfinite(self, name: str, start: int, rows: Iterable[tuple[Checkpoint, Tensor]]) -> None:
         """Name the value that made a sum non-finite; finite values whose sum overflows are no reason to refuse."""
-        for source, row in zip(self._sources, rows, strict=True):
+        for source, row in rows:
             if len(bad := (~torch.isfinite(row)).nonzero()):
                 first = int(bad[0])
                 raise CheckpointError(
