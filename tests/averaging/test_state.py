@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lagless import BEMA, DEMA, EMA, Averager, WindowAverage
-from lagless.averaging import _state
+from lagless.averaging import _state_file
 
 RULES = {
     "bema": BEMA(update_freq=2),
@@ -158,7 +158,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         assert len(list(tmp_path.iterdir())) == 2  # the header is written
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lagless.averaging._state.byte_view", fail)
+    monkeypatch.setattr("lagless.averaging._state_file.byte_view", fail)
     with pytest.raises(OSError, match="No space left"):
         averager.save(path)
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
@@ -166,14 +166,14 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_replicas_may_save_to_one_path_at_once(tmp_path, monkeypatch):
     replicas = [Averager({"a": torch.ones(2)}, EMA()) for _ in range(2)]
-    path, byte_view = tmp_path / "s.safetensors", _state.byte_view
+    path, byte_view = tmp_path / "s.safetensors", _state_file.byte_view
 
     def both(tensor):
-        monkeypatch.setattr(_state, "byte_view", byte_view)
+        monkeypatch.setattr(_state_file, "byte_view", byte_view)
         replicas[1].save(path)  # by a process of the same id, on another machine
         return byte_view(tensor)
 
-    monkeypatch.setattr(_state, "byte_view", both)
+    monkeypatch.setattr(_state_file, "byte_view", both)
     replicas[0].save(path)
     replicas[0].load(path)
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]

@@ -410,7 +410,7 @@ def check_sharding_after_the_averager_is_refused(rank: int, world: int, folder: 
 
 
 def check_one_rank_failing_to_save_leaves_the_old_file(rank: int, world: int, folder: Path) -> None:
-    import lagless.averaging._state as state
+    import lagless.averaging._state_file as state
 
     model = shard(make_model())
     averager, path = Averager(model, EMA(decay=0.9)), folder / "state.safetensors"

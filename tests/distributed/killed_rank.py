@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-import lagless.averaging._state as state
+import lagless.averaging._state_file as state
 import lagless.integrations.distributed as distributed
 from lagless import EMA, Averager
 from lagless.checkpoints._writer import ModelWriter

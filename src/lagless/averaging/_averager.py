@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,22 +16,15 @@ from lagless._deprecated import former_method
 from lagless._validation import require_integer
 from lagless.averaging._attachment import Attachment
 from lagless.averaging._buffers import AverageBuffers
-from lagless.averaging._initial_weights import StoredStart, check_start
 from lagless.averaging._live import LiveTensors, Source
-from lagless.averaging._state import FORMAT, State, load_file, match, save_file
-from lagless.execution import RowUpdate, Sharding, combine, in_place_order, local, update_rows
-from lagless.rules import (
-    InitialWeights,
-    ReadCoefficients,
-    Rule,
-    Tick,
-    named_rules,
-    read_after,
-    require_updates,
-    rule_to_dict,
-)
+from lagless.averaging._rule_set import RuleSet
+from lagless.averaging._state import State, make_state, match
+from lagless.execution import Sharding, combine, local
+from lagless.rules import InitialWeights, Rule, Tick, named_rules, require_updates
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
+if TYPE_CHECKING:
+    from lagless.averaging._initial_weights import StoredStart
+
 _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -98,7 +90,6 @@ class Averager:
         compile: bool = False,
     ) -> None:
         self.rules = named_rules(rules)
-        _check_names(self.rules)
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype}; averages are stored as one of {', '.join(map(str, _DTYPES))}.")
         self.step = step = require_integer("step", step, minimum=0)
@@ -108,21 +99,20 @@ class Averager:
         self._live = LiveTensors(source)
         self._applied: str | None = None
         self._attachment: Attachment | None = None
-        self._last = {name: rule.schedule.begin(step) for name, rule in self.rules.items()}
-
-        labels = list(dict.fromkeys(label for rule in self.rules.values() for label in rule.buffer_keys))
-        self._index = {name: [labels.index(label) for label in rule.buffer_keys] for name, rule in self.rules.items()}
+        self._rules = RuleSet(self.rules, step)
         live = self._live.tensors()
         self._stored_start: StoredStart | None = None
         absent: list[Hashable] = []
         if start is not None:
+            from lagless.averaging._initial_weights import StoredStart, check_start  # reads checkpoints
+
             check_start(self.rules, step)
             self._stored_start = StoredStart(start, self._live, live)
-            absent = [label for label in labels if isinstance(label, InitialWeights)]
+            absent = [key for key in self._rules.keys if isinstance(key, InitialWeights)]
         place = None if device is None else torch.device(device)
         self._buffers = AverageBuffers(
             live,
-            labels,
+            self._rules.keys,
             dtype=dtype,
             device=place,
             seed=require_integer("seed", seed, minimum=0),
@@ -154,16 +144,8 @@ class Averager:
         if self._stored_start is not None:
             self._stored_start.require_verified()
         self.step += 1
-        rows: dict[int, RowUpdate] = {}
-        for name, rule in self.rules.items():
-            event = rule.schedule.advance(self._last[name], self.step)
-            self._last[name] = event.last
-            if rule.schedule.changes(self.step):
-                copies = [RowUpdate(i, 0.0, (), 1.0) for i in self._index[name]]
-                moved = update_rows(rule.update(event.last), self._index[name]) if event.updates else copies
-                _merge(rows, moved, name)
-        if rows:
-            self._buffers.update(live, in_place_order(rows.values()), self.step)
+        if rows := self._rules.advance(self.step):
+            self._buffers.update(live, rows, self.step)
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Call :meth:`update` after every real step of ``optimizer`` from now on.
@@ -201,7 +183,7 @@ class Averager:
 
     def updates(self, name: str | None = None) -> int:
         """How many updates the rule ``name`` has had; its average can be read from the first one on."""
-        return self._last[self._resolve(name)].number
+        return self._rules.last[self._rules.resolve(name)].number
 
     @property
     def sharded(self) -> bool:
@@ -226,21 +208,15 @@ class Averager:
         Raises:
             RuntimeError: before the first update of that rule, or inside another ``applied``.
         """
-        name = self._resolve(name)
+        name = self._rules.resolve(name)
         self._refuse_while_applied(f"apply {name!r}")
         self.wait()
         values = self._values(name)
-        live = self._live.tensors()
-        backup = [tensor.clone() for tensor in live]
         self._applied = name
         try:
-            with torch.no_grad():
-                for tensor, value in zip(live, values, strict=True):
-                    tensor.copy_(value)
-            yield
+            with self._live.holding(values):
+                yield
         finally:
-            with torch.no_grad():
-                self._live.restore(backup)
             self._applied = None
 
     @torch.no_grad()
@@ -253,7 +229,7 @@ class Averager:
         Raises:
             RuntimeError: before the first update of that rule, or while averaged weights are in the model.
         """
-        name = self._resolve(name)
+        name = self._rules.resolve(name)
         self._refuse_while_applied(f"put {name!r} into the model")
         self.wait()
         for tensor, value in zip(self._live.tensors(), self._values(name), strict=True):
@@ -287,7 +263,7 @@ class Averager:
 
         Of tied tensors only the first comes, under its first name.
         """
-        name = self._resolve(name)
+        name = self._rules.resolve(name)
         self._refuse_while_applied(f"read {name!r}")
         values = zip(self._live.names, self._live.shardings, self._values(name), strict=True)
         return ((key, sharding.present(v if dtype is None else v.to(dtype))) for key, sharding, v in values)
@@ -313,26 +289,13 @@ class Averager:
         had never stopped. Those of sharded parameters are DTensors, which ``torch.distributed.checkpoint`` saves from
         all ranks at once and loads on any number of them.
         """
-        names: dict[int, str] = {}
-        for rule, indices in self._index.items():
-            for position, i in enumerate(indices):
-                names.setdefault(i, f"{rule}.{position}")
-        tensors = {
-            f"{names[i]}/{parameter}": sharding.present(part)
-            for i, buffer in enumerate(self._buffers.buffers)
-            for parameter, sharding, part in zip(self._live.names, self._live.shardings, buffer, strict=bool(buffer))
-        }
         stored = self._stored_start
-        meta = {
-            "format": FORMAT,
+        numbers = {
             "step": self.step,
             "seed": self._buffers.seed,
-            "rules": {name: rule_to_dict(rule) for name, rule in self.rules.items()},
-            "last": {name: tick._asdict() for name, tick in self._last.items()},
-            "buffers": {rule: [names[i] for i in indices] for rule, indices in self._index.items()},
             "start": stored and {"name": stored.path.name, "fingerprint": stored.fingerprint},
         }
-        return {"tensors": tensors, "meta": meta}
+        return make_state(self._live, self._rules, self._buffers.buffers, numbers)
 
     @torch.no_grad()
     def load_state_dict(self, state: State) -> None:
@@ -348,7 +311,7 @@ class Averager:
         own = self.state_dict()
         parts = {name: Sharding.of(own["tensors"][name]).part_of(tensor) for name, tensor in match(state, own).items()}
         meta = state["meta"]
-        self._last = {name: Tick(**meta["last"][name]) for name in self.rules}
+        self._rules.last = {name: Tick(**meta["last"][name]) for name in self.rules}
         self.step, self._buffers.seed = meta["step"], meta["seed"]
         for name, tensor in own["tensors"].items():
             local(tensor).copy_(parts[name])
@@ -364,6 +327,8 @@ class Averager:
         Elsewhere nobody waits, and every rank that calls writes a whole file of its own: of replicas that share the
         path (DDP) the last one stays, and all are equal; averages that differ between ranks need a path for each.
         """
+        from lagless.averaging._state_file import save_file  # writes checkpoints
+
         save_file(self.state_dict(), path)
 
     def load(self, path: str | PathLike[str]) -> None:
@@ -373,15 +338,9 @@ class Averager:
             FileNotFoundError: if there is no such file.
             ValueError: if it is damaged or does not fit.
         """
-        self.load_state_dict(load_file(path))
+        from lagless.averaging._state_file import load_file  # reads checkpoints
 
-    def _resolve(self, name: str | None) -> str:
-        if name is None and len(self.rules) == 1:
-            return next(iter(self.rules))
-        if name is None or name not in self.rules:
-            problem = "say which average you mean" if name is None else f"there is no average {name!r}"
-            raise ValueError(f"{problem}; this Averager follows {', '.join(self.rules)}.")
-        return name
+        self.load_state_dict(load_file(path))
 
     def _refuse_while_applied(self, action: str) -> None:
         if self._applied is not None:
@@ -389,26 +348,9 @@ class Averager:
                 f"cannot {action} while the average {self._applied!r} is in the model; leave the applied() block first."
             )
 
-    def _coefficients(self, name: str) -> ReadCoefficients:
-        """c and d of a read now, with the tail counted in."""
-        rule = self.rules[name]
-        read = read_after(rule, self._last[name], self.step)
-        if read is None:
-            raise RuntimeError(
-                f"{name!r} has had no update in {self.step} steps (update_after={rule.update_after}, "
-                f"update_freq={rule.update_freq}), so there is no average yet. "
-                + (
-                    "Read it later, or choose a smaller update_freq; total_steps=... finds that out before training."
-                    if self.step
-                    else "Call attach(optimizer), or update() after every step."
-                )
-            )
-        return read
-
     def _values(self, name: str) -> Iterator[Tensor]:
         """The averaged tensors one by one, in float32 or wider."""
-        buffers, live_weight = self._coefficients(name)
-        weighted = [(self._index[name][j], w) for j, w in enumerate(buffers) if w != 0.0]
+        weighted, live_weight = self._rules.coefficients(name, self.step)
         self._live.check_frozen()
         stored = self._stored_start
         base = stored.open() if stored and any(not self._buffers.buffers[i] for i, _ in weighted) else None
@@ -425,18 +367,3 @@ class Averager:
                 yield combine(terms, live.device, torch.promote_types(live.dtype, torch.float32))
 
         return values()
-
-
-def _merge(rows: dict[int, RowUpdate], new: list[RowUpdate], name: str) -> None:
-    for row in new:
-        if rows.setdefault(row.buffer, row) != row:
-            raise ValueError(
-                f"{name!r} has a buffer with the label of another rule's, but updates it otherwise; labels must "
-                "contain every hyperparameter on which the content of the buffer depends."
-            )
-
-
-def _check_names(rules: dict[str, Rule]) -> None:
-    for name in rules:
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} cannot name an average; use letters, digits, '.', '_' and '-'.")

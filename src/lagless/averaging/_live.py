@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +110,24 @@ class LiveTensors:
         for name, place in self._frozen:
             if place.get().requires_grad:
                 raise RuntimeError(f"{name} was frozen when the Averager was made, and trains now; {_ANEW}")
+
+    @contextmanager
+    def holding(self, values: Iterable[Tensor]) -> Iterator[None]:
+        """Hold ``values``, rounded to the tensors' dtypes, inside the ``with`` block; afterwards the present bits.
+
+        The present ones are copied and put back, also after an error; whatever the block does to the tensors (new
+        values, another dtype or device) is undone.
+        """
+        live = self.tensors()
+        bits = [tensor.clone() for tensor in live]
+        try:
+            with torch.no_grad():
+                for tensor, value in zip(live, values, strict=True):
+                    tensor.copy_(value)
+            yield
+        finally:
+            with torch.no_grad():
+                self.restore(bits)
 
     def restore(self, bits: list[Tensor]) -> None:
         """Give every tensor the values, dtype and device of ``bits``.

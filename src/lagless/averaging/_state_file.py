@@ -1,0 +1,66 @@
+"""The state of an Averager as one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from os import PathLike
+from pathlib import Path
+
+import safetensors
+
+from lagless.averaging._state import State
+from lagless.checkpoints import Bytes, TensorInfo, build_header, byte_view
+from lagless.execution import gather, ranks_of
+
+_KEY = "lagless"
+
+
+def save_file(state: State, path: str | PathLike[str]) -> None:
+    """Write ``state`` to one safetensors file; it appears under its name only when complete.
+
+    Sharded tensors are gathered one by one on all ranks, of which the first writes. Else every caller writes.
+    """
+    path, tensors = Path(path), state["tensors"]
+    ranks = ranks_of(tensors.values())
+    # Replicas may save to one path at once, and processes on two machines can have the same id.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    header, offsets = build_header(infos, {_KEY: json.dumps(state["meta"])})
+
+    def write(content: bytes | Bytes, mode: str) -> None:
+        if ranks.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open(mode) as file:
+                file.write(content)
+
+    ranks.require_same(list(offsets), "the tensors")
+    try:
+        ranks.together(lambda: write(header, "wb"))
+        for name in offsets:
+            whole = gather(tensors[name])
+            ranks.together(lambda whole=whole: write(byte_view(whole.cpu().contiguous()), "ab"))
+        ranks.together(lambda: os.replace(partial, path) if ranks.rank == 0 else None)
+    finally:
+        if ranks.rank == 0:
+            partial.unlink(missing_ok=True)
+
+
+def load_file(path: str | PathLike[str]) -> State:
+    """Read what :func:`save_file` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged or no Averager wrote it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no averager state at {path}; give the file that Averager.save wrote.")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            meta = (file.metadata() or {}).get(_KEY)
+            if meta is None:
+                raise ValueError(f"{path} is not an Averager's state; give the file that Averager.save wrote.")
+            return {"tensors": {name: file.get_tensor(name) for name in file.keys()}, "meta": json.loads(meta)}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); use an earlier checkpoint.") from error
