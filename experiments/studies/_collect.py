@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lagless.lab._environment import commit, machine
+from lagless.lab.environment import commit, machine
 from lagless.lab.recipes import parse_override
 from lagless.lab.report import Study, save_study
 from lagless.lab.sweep import Cell, parse_grid, sweep_cells

@@ -8,8 +8,7 @@ import lzma
 import random
 from pathlib import Path
 
-from lagless.lab.demo._data import Document
-from lagless.lab.demo._tokens import train_tokenizer
+from lagless.lab.data import Document, train_tokenizer
 
 _PASSAGE = 2000  # characters
 _TRAINING = 4000  # passages, 8 MB

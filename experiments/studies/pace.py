@@ -9,10 +9,10 @@ from _collect import Bench
 from _passages import LLAMA, VOCABULARY
 from _tuning import Axis, Method, Setting, Trials, best_of, factors, on_books, report, steps, tune
 
-from lagless.lab.recipes._method import Pace
+from lagless.lab.recipes import Pace
 from lagless.lab.report import Claim, Figure
 from lagless.lab.sweep import Cell
-from lagless.lab.training._optimizer import schedule_factor
+from lagless.lab.training import schedule_factor
 
 CLAMPED = 1e12  # a pullback that clamps every gain
 KAPPAS = tuple(i / 10 for i in range(2, 10))

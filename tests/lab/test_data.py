@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from lagless.lab.data import conversations, packed, read_rows, replace_spans, split_rows  # noqa: E402
-from lagless.lab.recipes._data import PretrainingData, SftData, SpanNoise  # noqa: E402
+from lagless.lab.recipes import PretrainingData, SftData, SpanNoise  # noqa: E402
 
 ROWS = [{"instruction": f"Say {i}", "output": "o" * i, "input": "", "set": i // 4} for i in range(40)]
 

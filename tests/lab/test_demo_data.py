@@ -9,17 +9,17 @@ import torch
 pytest.importorskip("transformers")
 
 from lagless import BEMA, EMA  # noqa: E402
+from lagless.lab.data import Document, train_tokenizer  # noqa: E402
 from lagless.lab.demo import DemoResult, Difference, Plan, Row, Shape  # noqa: E402
-from lagless.lab.demo._data import Document, load_corpus  # noqa: E402
+from lagless.lab.demo._data import load_corpus  # noqa: E402
 from lagless.lab.demo._evaluate import paired_difference, sequence_losses  # noqa: E402
-from lagless.lab.demo._model import build_model  # noqa: E402
 from lagless.lab.demo._results import Candidate, Sample  # noqa: E402
 from lagless.lab.demo._tokens import (  # noqa: E402
     encode,
     held_out_sequences,
     random_batches,
-    train_tokenizer,
 )
+from lagless.lab.demo._train import build_model  # noqa: E402
 from lagless.lab.demo._words import findings  # noqa: E402
 
 

@@ -12,7 +12,6 @@ pytest.importorskip("trl")
 from typer.testing import CliRunner  # noqa: E402
 
 from lagless.cli import app  # noqa: E402
-from lagless.lab import sweep as engine  # noqa: E402
 from lagless.lab.sweep import parse_grid, sweep, sweep_cells  # noqa: E402
 from lagless.lab.training._folder import claimed  # noqa: E402
 
@@ -65,7 +64,7 @@ def test_every_cell_once(overrides, tmp_path, monkeypatch):
 
     # Neither again nor in a larger sweep with another database.
     trained = []
-    monkeypatch.setattr(engine, "train", lambda recipe, folder, notify: trained.append(folder))
+    monkeypatch.setattr("lagless.lab.sweep._sweep.train", lambda recipe, folder, notify: trained.append(folder))
     assert sweep(cells, database(tmp_path)) == {} and not trained
     more = sweep_cells(NAME, tmp_path / "out", overrides, GRID, seeds=[0, 1, 2])
     with pytest.raises(AssertionError):  # what stands in for train leaves no result
@@ -80,7 +79,9 @@ def test_failed_cells_do_not_stop_the_others_and_are_retried(overrides, tmp_path
     assert [cell.loss is None for cell in cells] == [False, True, False]
     assert list(sweep(cells, database(tmp_path))) == [cells[1].folder]  # tried again
     with claimed(cells[1].folder, cells[1].recipe):
-        monkeypatch.setattr(engine, "train", lambda recipe, folder, notify: claimed(folder, recipe).__enter__())
+        monkeypatch.setattr(
+            "lagless.lab.sweep._sweep.train", lambda recipe, folder, notify: claimed(folder, recipe).__enter__()
+        )
         assert sweep(cells, database(tmp_path)) == {}  # in the hands of another process
 
 

@@ -14,8 +14,7 @@ pytest.importorskip("trl")
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from lagless.checkpoints import find_checkpoints  # noqa: E402
-from lagless.lab.demo._data import Document  # noqa: E402
-from lagless.lab.demo._tokens import train_tokenizer  # noqa: E402
+from lagless.lab.data import Document, train_tokenizer  # noqa: E402
 from lagless.lab.recipes import (  # noqa: E402
     _method as methods,  # noqa: E402
     describe,

@@ -11,9 +11,8 @@ from typing import Any, Literal
 import torch
 
 from lagless.checkpoints import Trajectory, find_checkpoints, holds_weights
-from lagless.lab._environment import commit, machine, versions
-from lagless.lab._output import write_json
 from lagless.lab.averages import evaluate_averages, load_model
+from lagless.lab.environment import commit, machine, versions
 from lagless.lab.evaluation import (
     TASKS,
     ClosedLoop,
@@ -27,6 +26,7 @@ from lagless.lab.evaluation import (
     sequence_losses,
     vllm_model,
 )
+from lagless.lab.output import write_json
 from lagless.lab.statistics import Mean
 from lagless.rules import Rule
 

@@ -11,7 +11,7 @@ from lagless import BEMA, DEMA, EMA, PowerEMA, UniformAverage
 from lagless.checkpoints import find_checkpoints
 from lagless.lab.averages import evaluate_averages
 from lagless.lab.evaluation import held_out_sequences, sequence_losses
-from lagless.lab.tune import AXES, AverageLoss, QuadraticModel, settings, tune
+from lagless.lab.tune import SEARCH_RANGES, AverageLoss, QuadraticModel, rules_searched, tune
 from lagless.posthoc import combine_checkpoints
 
 STARTS = {"bema": BEMA(update_freq=10), "ema": EMA(update_freq=10)}
@@ -79,7 +79,7 @@ def test_the_model_of_a_quadratic_becomes_exact():
 def test_it_finds_what_the_whole_grid_holds_best(run, held_out):
     validation, test = held_out
     found = tune(run, STARTS, validation, test, evaluations=12)
-    rules = {str(i): rule for i, rule in enumerate(r for start in STARTS.values() for r in settings(start))}
+    rules = {str(i): rule for i, rule in enumerate(r for start in STARTS.values() for r in rules_searched(start))}
     assert found.considered == len({*rules.values(), *STARTS.values()}) > 1500
     some = dict(list(rules.items())[::7])
     grid = list(evaluate_averages(run, some, lambda m: sequence_losses(m, validation, 16).mean.value, live=False))
@@ -115,15 +115,15 @@ def test_evaluations_are_bounded(run, held_out):
 
 
 def test_settings_keep_what_is_not_searched():
-    found = list(settings(BEMA(update_freq=10, lag=3.0)))
-    assert len(found) == AXES["ema_power"].points * AXES["bias_power"].points
+    found = list(rules_searched(BEMA(update_freq=10, lag=3.0)))
+    assert len(found) == SEARCH_RANGES["ema_power"].points * SEARCH_RANGES["bias_power"].points
     assert all(rule.lag == 3.0 and rule.update_freq == 10 for rule in found)
-    assert len(list(settings(BEMA(bias_power=np.inf)))) == AXES["ema_power"].points
-    assert {rule.half_life_fraction is None for rule in settings(EMA(half_life_fraction=0.1))} == {False}
-    assert len({rule.relative_width for rule in settings(PowerEMA())}) == AXES["relative_width"].points
-    assert list(settings(UniformAverage())) == [UniformAverage()]
-    assert list(settings(EMA(decay=0.9))) == [EMA(decay=0.9)]
-    assert len(list(settings(DEMA()))) == AXES["ema_power"].points
+    assert len(list(rules_searched(BEMA(bias_power=np.inf)))) == SEARCH_RANGES["ema_power"].points
+    assert {rule.half_life_fraction is None for rule in rules_searched(EMA(half_life_fraction=0.1))} == {False}
+    assert len({rule.relative_width for rule in rules_searched(PowerEMA())}) == SEARCH_RANGES["relative_width"].points
+    assert list(rules_searched(UniformAverage())) == [UniformAverage()]
+    assert list(rules_searched(EMA(decay=0.9))) == [EMA(decay=0.9)]
+    assert len(list(rules_searched(DEMA()))) == SEARCH_RANGES["ema_power"].points
 
 
 def test_bad_requests_are_refused(run, held_out):

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lagless.lab.data._split import require_columns
 
 if TYPE_CHECKING:
-    from lagless.lab.recipes._data import SftData
+    from lagless.lab.recipes import SftData
 
 
 def conversations(

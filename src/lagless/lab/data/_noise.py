@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 if TYPE_CHECKING:
-    from lagless.lab.recipes._data import SpanNoise
+    from lagless.lab.recipes import SpanNoise
 
 
 def replace_spans(sequences: Dataset, noise: SpanNoise) -> Dataset:

@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from lagless.lab.data._rows import SEPARATOR, read_rows
 
 if TYPE_CHECKING:
-    from lagless.lab.recipes._data import Source
+    from lagless.lab.recipes import Source
 
 TensorTable = Dataset | IterableDataset
 

@@ -12,6 +12,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal
 
+from lagless.lab.data import Document
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -27,19 +29,6 @@ _PIECE_BYTES = 4_000
 # Tests and tables are not what a person reads, and other people's packages differ from machine to machine.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "lib2to3", "pydoc_data"}
 _SUFFIXES = {".py", ".txt", ".rst"}
-
-
-@dataclass(frozen=True)
-class Document:
-    """One piece of text; its ``name`` decides its split."""
-
-    name: str
-    text: str
-
-    @property
-    def nbytes(self) -> int:
-        """Its length in UTF-8."""
-        return len(self.text.encode())
 
 
 @dataclass(frozen=True)

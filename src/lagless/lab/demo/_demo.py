@@ -15,9 +15,9 @@ from rich.console import Console
 
 from lagless._version import __version__
 from lagless.checkpoints import Destination
-from lagless.lab._output import check_output
 from lagless.lab.demo._plan import Plan, Shape
 from lagless.lab.demo._results import DemoResult
+from lagless.lab.output import check_output
 from lagless.rules import rule_to_dict
 
 RECORD = "demo.json"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from lagless.lab._cross_entropy import sequence_nats
+from lagless.lab.cross_entropy import sequence_nats
 from lagless.lab.demo._results import Difference
 
 _BATCH = 8  # logits that fit a cache

@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lagless.averaging import Averager
-from lagless.lab.demo._data import Corpus, Document
+from lagless.lab.data import Document, train_tokenizer
+from lagless.lab.demo._data import Corpus
 from lagless.lab.demo._evaluate import HeldOut, paired_difference, sample, sequence_losses
-from lagless.lab.demo._model import build_model
 from lagless.lab.demo._plan import Plan
 from lagless.lab.demo._progress import Display
 from lagless.lab.demo._results import Candidate, DemoResult, Row, Sample
-from lagless.lab.demo._tokens import encode, held_out_sequences, random_batches, train_tokenizer
-from lagless.lab.demo._train import train
+from lagless.lab.demo._tokens import encode, held_out_sequences, random_batches
+from lagless.lab.demo._train import build_model, train
 from lagless.rules import Rule, anchor, effective_iterates, mean_age, trajectory_weights
 
 _PROMPT_TOKENS = 48

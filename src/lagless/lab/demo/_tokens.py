@@ -1,37 +1,14 @@
-"""From text to batches of tokens: a byte-level BPE tokenizer and the sequences to train and evaluate on."""
+"""From documents to the token sequences to train and evaluate on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lagless.lab.demo._data import Document
-
-END_OF_TEXT = "<|endoftext|>"
-
-
-def train_tokenizer(documents: Sequence[Document], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (as GPT-2's) whose merges are learned from ``documents``."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((document.text for document in documents), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-
-
-def end_of_text(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The token between documents."""
-    return tokenizer.get_vocab()[END_OF_TEXT]
+from lagless.lab.data import Document, end_of_text
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> list[Tensor]:

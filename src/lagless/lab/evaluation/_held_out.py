@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lagless.lab._cross_entropy import IGNORED
+from lagless.lab.cross_entropy import IGNORED
 from lagless.lab.evaluation._loss import Sequences
 from lagless.lab.evaluation._rows import read_rows
 

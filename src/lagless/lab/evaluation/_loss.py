@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lagless.lab._cross_entropy import sequence_nats
+from lagless.lab.cross_entropy import sequence_nats
 from lagless.lab.statistics import Mean
 
 

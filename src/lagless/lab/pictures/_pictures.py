@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lagless._version import __version__
 from lagless.checkpoints import Destination
-from lagless.lab._output import check_output
+from lagless.lab.output import check_output
 from lagless.lab.pictures._distances import draw_figure_2, draw_figure_14a, draw_ten_rules, follow_rules
 from lagless.lab.pictures._drawing import Picture, plain, style
 from lagless.lab.pictures._page import PAGE, write_page

@@ -1,5 +1,11 @@
 """Recipes: everything that decides a training run, as a typed and documented YAML file."""
 
+from lagless.lab.recipes._data import (
+    PretrainingData as PretrainingData,
+    SftData as SftData,
+    Source as Source,
+    SpanNoise as SpanNoise,
+)
 from lagless.lab.recipes._describe import describe as describe
 from lagless.lab.recipes._load import (
     load_recipe as load_recipe,
@@ -9,4 +15,11 @@ from lagless.lab.recipes._load import (
     recipe_names as recipe_names,
     summary as summary,
 )
+from lagless.lab.recipes._method import (
+    Pace as Pace,
+    ScheduleFree as ScheduleFree,
+    Sophia as Sophia,
+    WarmupStableDecay as WarmupStableDecay,
+)
+from lagless.lab.recipes._model import NewModel as NewModel
 from lagless.lab.recipes._recipe import Recipe as Recipe

@@ -2,4 +2,5 @@
 
 from lagless.lab.training._dry_run import dry_run as dry_run
 from lagless.lab.training._folder import FolderInUse as FolderInUse, read_result as read_result
+from lagless.lab.training._optimizer import schedule_factor as schedule_factor
 from lagless.lab.training._run import train as train

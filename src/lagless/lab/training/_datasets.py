@@ -10,8 +10,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from lagless.lab.data import conversations, packed, replace_spans, split_rows
-from lagless.lab.recipes import Recipe
-from lagless.lab.recipes._data import PretrainingData, SftData
+from lagless.lab.recipes import PretrainingData, Recipe, SftData
 from lagless.lab.training._model import build_tokenizer
 
 

@@ -17,10 +17,8 @@ from transformers import (
     set_seed,
 )
 
-from lagless.lab.demo._data import Document
-from lagless.lab.demo._tokens import train_tokenizer
-from lagless.lab.recipes import Recipe
-from lagless.lab.recipes._model import NewModel
+from lagless.lab.data import Document, train_tokenizer
+from lagless.lab.recipes import NewModel, Recipe
 
 _MARKERS = ("<|im_start|>", "<|im_end|>")
 _TOKENIZER_TEXT = 10_000_000  # characters to learn merges from

@@ -12,9 +12,8 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from lagless.checkpoints import Destination
-from lagless.lab._environment import commit, machine, versions
-from lagless.lab.recipes import Recipe
-from lagless.lab.recipes._method import Pace, ScheduleFree
+from lagless.lab.environment import commit, machine, versions
+from lagless.lab.recipes import Pace, Recipe, ScheduleFree
 from lagless.lab.training._datasets import Prepared, prepare
 from lagless.lab.training._folder import (
     METRICS,

@@ -26,9 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lagless.checkpoints import Destination
 from lagless.integrations.transformers import AveragingCallback
-from lagless.lab.recipes import Recipe
-from lagless.lab.recipes._data import SftData
-from lagless.lab.recipes._method import Sophia
+from lagless.lab.recipes import Recipe, SftData, Sophia
 from lagless.lab.training._datasets import Prepared
 from lagless.lab.training._optimizer import build_optimizer, schedule_factor
 
