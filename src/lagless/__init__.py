@@ -6,7 +6,7 @@
 1.0
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any as _Any
 
 from lagless._citation import citation as citation
 from lagless._deprecated import install as _install
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _install()
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _Any:
     if name == "Averager":  # torch is loaded by what needs it, and not by `lagless --help`
         from lagless.averaging import Averager
 

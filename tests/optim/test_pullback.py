@@ -189,7 +189,7 @@ def test_a_base_is_wrapped_once():
     with pytest.raises(ValueError, match="pullback=-1"):
         Pullback(base, pullback=-1.0)
     Pullback(base)
-    with pytest.raises(ValueError, match="SGD has the settings of another Pullback"):
+    with pytest.raises(ValueError, match="SGD has the settings of another wrapper"):
         Pullback(base, pullback=0.9)
 
 

@@ -178,7 +178,7 @@ class AveragedOptimizer(Optimizer):
                 if index in shapes:  # torch refuses another number of parameters
                     keys = (*self.moments, *average_keys(rule), LIVE)
                     require_fitting(index, state, dict.fromkeys(keys, shapes[index]), self.step_key)
-                needed = {self.step_key, *average_keys(rule)}
+                needed = {self.step_key, *self._average_entries(rule, state)}
                 if groups[-1]["evaluating"] and coefficients(rule, int(state.get(self.step_key, 0))) is not None:
                     needed.add(LIVE)
                 missing = sorted(needed - state.keys())
@@ -188,6 +188,10 @@ class AveragedOptimizer(Optimizer):
                         "train() before saving with a tool that keeps only known entries."
                     )
         return groups
+
+    def _average_entries(self, rule: Rule, state: dict[str, Any]) -> list[str]:
+        """Return the entries of a parameter's state that hold the buffers of ``rule``."""
+        return average_keys(rule)
 
     def _live_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The parameters that hold their average, and nothing that was put there since, with their live weights."""

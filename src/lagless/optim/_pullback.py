@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from lagless.optim._denominators import Denominator, denominator_of, is_plain
 from lagless.optim._executors import move_average, pull_, towards, widened
 from lagless.optim._pace import PACE_AVERAGE
 from lagless.optim._settings import check_average, check_dtype
+from lagless.optim._wrapping import check_base
 from lagless.rules import Rule
 
 
@@ -76,7 +76,7 @@ class Pullback(AveragedOptimizer):
         average_dtype: torch.dtype | None = None,
         gain: Literal["constant"] | None = None,
     ) -> None:
-        _check_base(optimizer)
+        check_base(optimizer, type(self).__name__)
         self.optimizer = optimizer
         settings = {
             "pullback": pullback,
@@ -171,22 +171,6 @@ class Pullback(AveragedOptimizer):
             moves, noise = average_step(rule, step), Noise(index, step)
             for block in blocks(rows):
                 _pull_block(block, group, denominator, base_step, moves, noise)
-
-
-def _check_base(optimizer: Any) -> None:
-    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, AveragedOptimizer):
-        raise TypeError(f"Pullback wraps a torch.optim.Optimizer that keeps no average, not {optimizer!r}.")
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise TypeError(
-            f"{type(optimizer).__name__} evaluates its closure as often as it likes; Pullback wraps optimizers whose "
-            "step() needs none."
-        )
-    if any("evaluating" in group for group in optimizer.param_groups):
-        raise ValueError(
-            f"this {type(optimizer).__name__} has the settings of another Pullback in its groups; make a new one to "
-            "wrap."
-        )
 
 
 def _pull_block(

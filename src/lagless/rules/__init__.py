@@ -63,6 +63,7 @@ from lagless.rules._settings import (
     rule_names as rule_names,
     rules_from_settings as rules_from_settings,
 )
+from lagless.rules._warmup import WarmupAverage as WarmupAverage
 from lagless.rules._windows import (
     PowerEMA as PowerEMA,
     UniformAverage as UniformAverage,
