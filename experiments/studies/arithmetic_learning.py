@@ -7,8 +7,8 @@ same.
 
 from __future__ import annotations
 
-from _collect import Bench
-from arithmetic_oscillation import closed_loop_study
+from experiments.shared.bench import Bench
+from experiments.shared.closed_loop import closed_loop_study
 
 if __name__ == "__main__":
     closed_loop_study(Bench("arithmetic-learning", __file__), 1250, 200, "Word problems: a start that learns")

@@ -10,42 +10,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from _collect import Bench
-from _passages import LLAMA, VOCABULARY
-from _tuning import Axis, Method, Position, Trials, factors, on_books, report, tune
+from experiments.shared.bench import Bench
+from experiments.shared.continued import COMMON, FOLDS, START, START_STEPS, STEPS, WARMUP
+from experiments.shared.passages import VOCABULARY
+from experiments.shared.tuning import Axis, Position, Trials, TunedMethod, factors, on_books, report, tune
 
 from lagless.lab.report import Claim, Figure
 
-START_STEPS, STEPS, WARMUP, FOLDS = 300, 100, 20, 4
 # Settings, and how many of them run on the second tuning seed too. Sophia's were as Shampoo's until the best rate of
 # its split form was the lowest tried.
 ADAMW_BUDGET, SOPHIA_BUDGET, SHAMPOO_BUDGET = (7, 2), (9, 2), (5, 1)
 
-START: dict[str, Any] = {
-    "model.config": LLAMA,
-    "data.sequence_length": 64,
-    "method.optimizer": {"kind": "adamw"},
-    "method.schedule": {"kind": "constant", "warmup_steps": WARMUP},
-    "training.max_steps": START_STEPS,
-    "training.batch_size": 8,
-    "training.micro_batch_size": 8,
-    "training.evaluation_batch_size": 100,
-    "training.save_every": START_STEPS,
-    "evaluation.sequences": 400,
-    "evaluation.every": START_STEPS,
-}
-COMMON: dict[str, Any] = {
-    "data.sequence_length": 64,
-    "method.schedule": {"kind": "cosine", "warmup_steps": WARMUP},
-    "training.max_steps": STEPS,
-    "training.batch_size": 8,
-    "training.micro_batch_size": 8 // FOLDS,
-    "training.evaluation_batch_size": 100,
-    "training.log_every": STEPS,
-    "training.save_every": STEPS,
-    "evaluation.sequences": 400,
-    "evaluation.every": STEPS,
-}
 NOISE = {"data.noise": {"sequences": 0.2, "least": 0.2, "most": 0.4, "block": 16, "seed": 123}}
 
 LR, SOPHIA_LR = (Axis("lr", "training.learning_rate", factors(start, 2)) for start in (2e-3, 5e-4))
@@ -71,16 +46,16 @@ def _shampoo(cross_fit: str, correction: str) -> dict[str, Any]:
     return {"method.optimizer": section | {"cross_fit": cross_fit, "inverse_correction": correction}}
 
 
-ADAMW = Method("adamw", _adamw("none", "none"), (LR,))
-LEAVE_ONE_OUT = Method("leave one out", _adamw("leave_one_out", "jackknife"), (LR,))
-SPLIT = Method("split", _adamw("split", "pre_ema"), (LR,))
-SOPHIA = Method("sophia", _sophia("none", "none", 8 * 64), (SOPHIA_LR,))
-SOPHIA_SPLIT = Method("sophia, split", _sophia("split", "pre_ema", 8 * 64 // FOLDS), (SOPHIA_LR,))
-SHAMPOO = Method("shampoo", _shampoo("none", "none"), (LR,))
-SHAMPOO_SPLIT = Method("shampoo, split", _shampoo("split", "pre_ema"), (LR,))
+ADAMW = TunedMethod("adamw", _adamw("none", "none"), (LR,))
+LEAVE_ONE_OUT = TunedMethod("leave one out", _adamw("leave_one_out", "jackknife"), (LR,))
+SPLIT = TunedMethod("split", _adamw("split", "pre_ema"), (LR,))
+SOPHIA = TunedMethod("sophia", _sophia("none", "none", 8 * 64), (SOPHIA_LR,))
+SOPHIA_SPLIT = TunedMethod("sophia, split", _sophia("split", "pre_ema", 8 * 64 // FOLDS), (SOPHIA_LR,))
+SHAMPOO = TunedMethod("shampoo", _shampoo("none", "none"), (LR,))
+SHAMPOO_SPLIT = TunedMethod("shampoo, split", _shampoo("split", "pre_ema"), (LR,))
 
 
-def _variant(method: Method, name: str, changes: Mapping[str, Any]) -> Method:
+def _variant(method: TunedMethod, name: str, changes: Mapping[str, Any]) -> TunedMethod:
     return replace(method, name=f"{method.name}, {name}", changes={**method.changes, **changes})
 
 
@@ -90,7 +65,7 @@ LONGER: dict[str, Any] = {"training.max_steps": STEPS * 6 // 5, "training.save_e
 PAPER = "Nayak et al., arXiv 2605.20756"
 
 
-def _best(text: str, method: Method, baseline: Method, source: str, number: str | None) -> Claim:
+def _best(text: str, method: TunedMethod, baseline: TunedMethod, source: str, number: str | None) -> Claim:
     """Each at its own best setting."""
     return Claim(
         text=text,
@@ -166,7 +141,9 @@ PUBLISHED = (
 )
 
 
-def _at(text: str, method: Method, at: Position, baseline: Method, baseline_at: Position, source: str) -> Claim:
+def _at(
+    text: str, method: TunedMethod, at: Position, baseline: TunedMethod, baseline_at: Position, source: str
+) -> Claim:
     return Claim(
         text=text,
         source=source,
@@ -188,16 +165,16 @@ def main() -> None:
     trials = Trials(bench, recipe, *on_books(bench, COMMON | {"model": model}))
     tuned, reported, claims = {}, {}, []
 
-    def choose(method: Method, budget: tuple[int, int]) -> None:
+    def choose(method: TunedMethod, budget: tuple[int, int]) -> None:
         tuned[method.name] = tune(trials, method, *budget)
         run(method, tuned[method.name].position)
         claims.extend(c for c in BEST if method.name in (c.method, c.baseline) and {c.method, c.baseline} <= set(tuned))
 
-    def run(method: Method, position: Position) -> None:
+    def run(method: TunedMethod, position: Position) -> None:
         if (method.name, position) not in reported:
             reported[method.name, position] = [run for _, run in report(trials, method, position, "live")]
 
-    def compare(text: str, method: Method, baseline: Method, source: str, higher: int = 0) -> None:
+    def compare(text: str, method: TunedMethod, baseline: TunedMethod, source: str, higher: int = 0) -> None:
         best = tuned[ADAMW.name].position
         position = (best[0] + higher,)
         run(method, position)

@@ -5,18 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from _collect import Bench
-from _passages import LLAMA, VOCABULARY
-from _tuning import Axis, Method, Setting, Trials, best_of, factors, on_books, report, steps, tune
+from experiments.shared.bench import Bench
+from experiments.shared.pace import (
+    CLAMPED,
+    EMAS,
+    PAPER,
+    SCHEDULE_FREE,
+    WARMUP,
+    WITH_EMAS,
+    adamw,
+    claim,
+    pace,
+    schedule,
+)
+from experiments.shared.passages import LLAMA, VOCABULARY
+from experiments.shared.tuning import (
+    Axis,
+    Hyperparameters,
+    Trials,
+    TunedMethod,
+    best_of,
+    factors,
+    on_books,
+    report,
+    steps,
+    tune,
+)
 
 from lagless.lab.recipes import Pace
-from lagless.lab.report import Claim, Figure
+from lagless.lab.report import Figure
 from lagless.lab.sweep import Cell
 from lagless.lab.training import schedule_factor
 
-CLAMPED = 1e12  # a pullback that clamps every gain
-KAPPAS = tuple(i / 10 for i in range(2, 10))
-WARMUP = 20
 STEPS = 200
 
 COMMON: dict[str, Any] = {
@@ -41,52 +61,23 @@ DECAY = Axis("decay", "method.schedule.decay", steps(0.2, 0.2, 0.05, 1.0))
 BETA1 = Axis("beta1", "method.optimizer.betas", steps(0.9, 0.1, 0.8, 0.975), "[{:.4g}, 0.999]".format)
 
 
-def _ema(kappa: float) -> dict[str, Any]:
-    return {"rule": "EMA", "ema_power": kappa, "lag": 1.0, "min_ema_multiplier": 1e-4, "update_freq": 1}
-
-
-def _schedule(kind: str, **more: Any) -> dict[str, Any]:
-    return {"kind": kind, "warmup_steps": WARMUP, **more}
-
-
-def _pace(schedule: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {
-        "method.optimizer": {"kind": "pace", "average": _ema(0.5), **more},
-        "method.schedule": schedule,
-        "method.returned": "optimizer",
-    }
-
-
-def _adamw(schedule: dict[str, Any]) -> dict[str, Any]:
-    return {"method.optimizer": {"kind": "adamw"}, "method.schedule": schedule, "method.returned": "live"}
-
-
-EMAS = {f"ema{kappa}": {"kappa": kappa} for kappa in KAPPAS}
-WITH_EMAS = _adamw(_schedule("constant")) | {
-    "method.averages": {name: _ema(kappa) for name, kappa in zip(EMAS, KAPPAS, strict=True)}
-}
-SCHEDULE_FREE = {
-    "method.optimizer": {"kind": "schedule_free", "warmup_steps": WARMUP},
-    "method.schedule": {"kind": "constant"},
-    "method.returned": "optimizer",
-}
 METHODS = (
-    Method("pace, searched", _pace(_schedule("constant")), (LR, PULLBACK, KAPPA), folder="pace"),
-    Method("pace always clamped", _pace(_schedule("constant"), pullback=CLAMPED), (DECAYING_LR, KAPPA)),
-    Method(
+    TunedMethod("pace, searched", pace(schedule("constant")), (LR, PULLBACK, KAPPA), folder="pace"),
+    TunedMethod("pace always clamped", pace(schedule("constant"), pullback=CLAMPED), (DECAYING_LR, KAPPA)),
+    TunedMethod(
         "adamw, power above 0",
-        _adamw(_schedule("power", exponent=0.3)),
+        adamw(schedule("power", exponent=0.3)),
         (DECAYING_LR, EXPONENT),
         folder="adamw power",
     ),
-    Method("adamw", WITH_EMAS, (LR,), folder="adamw"),
-    Method("adamw, ema above 0", WITH_EMAS, (LR,), EMAS, folder="adamw"),
-    Method("adamw, cosine", _adamw(_schedule("cosine")), (LR,)),
-    Method("schedule-free adamw", SCHEDULE_FREE, (LR, BETA1)),
-    Method("adamw, wsd with decay", _adamw(_schedule("wsd", decay=0.2)), (LR, DECAY), folder="adamw wsd"),
+    TunedMethod("adamw", WITH_EMAS, (LR,), folder="adamw"),
+    TunedMethod("adamw, ema above 0", WITH_EMAS, (LR,), EMAS, folder="adamw"),
+    TunedMethod("adamw, cosine", adamw(schedule("cosine")), (LR,)),
+    TunedMethod("schedule-free adamw", SCHEDULE_FREE, (LR, BETA1)),
+    TunedMethod("adamw, wsd with decay", adamw(schedule("wsd", decay=0.2)), (LR, DECAY), folder="adamw wsd"),
 )
 # A method that contains others may choose their settings: a short search in more dimensions must not do worse.
-CONTAINED: dict[str, dict[str, Setting]] = {
+CONTAINED: dict[str, dict[str, Hyperparameters]] = {
     "pace": {
         "pace, searched": {},
         "pace always clamped": {"c": CLAMPED},
@@ -98,57 +89,41 @@ CONTAINED: dict[str, dict[str, Setting]] = {
     "adamw, wsd": {"adamw, wsd with decay": {}, "adamw": {"decay": 0.0}},
 }
 
-PAPER = "Au and Block, arXiv 2606.25086"
-
-
-def _claim(text: str, method: str, baseline: str, source: str, number: str | None = None, sign: int = -1) -> Claim:
-    return Claim(
-        text=text,
-        source=source,
-        number=number,
-        method=method,
-        baseline=baseline,
-        score="test/loss",
-        claimed=-1 if sign < 0 else 1,
-        selected_by="valid/loss",
-    )
-
-
 CLAIMS = [
-    _claim(
+    claim(
         "PACE at a constant learning rate beats AdamW at a constant one",
         "pace",
         "adamw",
         f"{PAPER}, Figure 1",
     ),
-    _claim("PACE beats an EMA beside AdamW at its own best κ and rate", "pace", "adamw, ema", f"{PAPER}, Figure 1"),
-    _claim(
+    claim("PACE beats an EMA beside AdamW at its own best κ and rate", "pace", "adamw, ema", f"{PAPER}, Figure 1"),
+    claim(
         "PACE at a constant learning rate beats AdamW with cosine decay", "pace", "adamw, cosine", f"{PAPER}, Figure 1"
     ),
-    _claim(
+    claim(
         "PACE at a constant learning rate beats AdamW with warm-up, stable, decay",
         "pace",
         "adamw, wsd",
         f"{PAPER}, budgets of SmolLM2-135M",
         "1.153 - 1.205 = -0.052 (fine-tuning); 3.537 - 3.531 = +0.006 (GPT-2)",
     ),
-    _claim("PACE beats schedule-free AdamW", "pace", "schedule-free adamw", PAPER),
-    _claim("PACE beats AdamW with the learning rate η(1+t)^-κ", "pace", "adamw, power", "ours: a matched baseline"),
-    _claim(
+    claim("PACE beats schedule-free AdamW", "pace", "schedule-free adamw", PAPER),
+    claim("PACE beats AdamW with the learning rate η(1+t)^-κ", "pace", "adamw, power", "ours: a matched baseline"),
+    claim(
         "PACE always clamped beats AdamW with the learning rate η(1+t)^-κ",
         "pace always clamped",
         "adamw, power",
         "docs/pace.md, a toy language model",
         "-0.064 ± 0.005",
     ),
-    _claim(
+    claim(
         "PACE with c, κ and rate searched beats PACE always clamped",
         "pace, searched",
         "pace always clamped",
         f"{PAPER}: clamping is generally not enforced",
     ),
     *(
-        _claim(f"PACE always clamped beats {words}", "pace always clamped", baseline, "ours: PACE without c to search")
+        claim(f"PACE always clamped beats {words}", "pace always clamped", baseline, "ours: PACE without c to search")
         for words, baseline in (
             ("an EMA beside AdamW", "adamw, ema"),
             ("AdamW with cosine decay", "adamw, cosine"),

@@ -3,12 +3,12 @@ of ``pace_continued.py``."""
 
 from __future__ import annotations
 
-from _averages import split
-from _collect import Bench
-from _tuning import HeldOut, Trials
-from bias_correction import COMMON
-from pace_continued import STEPS, WARMUP, pace_study
-from sft_averages import plays
+from experiments.shared.averages_grid import split
+from experiments.shared.bench import Bench
+from experiments.shared.continued import COMMON
+from experiments.shared.fine_tuning import plays
+from experiments.shared.pace_study import STEPS, WARMUP, pace_study
+from experiments.shared.tuning import HeldOut, Trials
 
 
 def main() -> None:

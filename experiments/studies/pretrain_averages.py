@@ -1,81 +1,14 @@
 """Averages beside the pretraining of a 0.9 M Llama on books, at a constant learning rate and with decay.
 
-Claims: those of the BEMA paper on losses (``paper_claims`` in ``_averages.py``), which it makes for fine-tuning.
+Claims: those of the BEMA paper on losses (``paper_claims`` in ``averages_grid``), which it makes for fine-tuning.
 Settings are chosen on validation passages, the same number for each rule, and compared on test passages, paired over 5
 seeds. Both schedules have the same peak, which is not tuned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from _averages import averages_study, paper_claims, paper_figures
-from _collect import SEEDS, Bench, seconds_of
-from _passages import prepare
-
-SAVE, PHIS = 10, (10, 30)
-WARMUP = 20
-SCHEDULES = {kind: f"{{kind: {kind}, warmup_steps: {WARMUP}}}" for kind in ("constant", "cosine")}
-METHODS = {"constant": ("ema", "bema", "ouema", "dema"), "cosine": ("bema",)}
-COMMON = {
-    "method.optimizer": "{kind: adamw}",
-    "method.returned": "live",
-    "data.sequence_length": "64",
-    "training.batch_size": "8",
-    "training.micro_batch_size": "8",
-    "training.evaluation_batch_size": "8",
-    "training.save_every": str(SAVE),
-    "evaluation.sequences": "40",
-}
-
-
-def pretraining(bench: Bench, steps: int, changes: Mapping[str, str], title: str, size: str) -> None:
-    """Run what is missing, then write the study.
-
-    Args:
-        bench: of the study.
-        steps: of training.
-        changes: of the recipe.
-        title: of the study.
-        size: of the model.
-    """
-    files = prepare(bench.data, bench.work / "passages")
-    length = {"training.max_steps": str(steps), "evaluation.every": str(steps)}
-    cells = bench.sweep(
-        "pace-pretrain-small",
-        "runs",
-        files | COMMON | length | dict(changes),
-        {"method.schedule": list(SCHEDULES.values())},
-        SEEDS,
-    )
-    named = {text: schedule for schedule, text in SCHEDULES.items()}
-    claims = paper_claims(PHIS[0], "cosine")
-    runs = averages_study(
-        [(named[cell.values["method.schedule"]], cell) for cell in cells],
-        METHODS,
-        PHIS,
-        claims,
-        (files["data.validation_path"], 40),
-        (str(bench.work / "passages" / "test.jsonl.gz"), 160),
-        64,
-        30,
-    )
-    bench.save(
-        seconds_of(cells),
-        title=title,
-        question="Do averages beat the live weights in pretraining, and do they do what decay of the rate does?",
-        scale=f"Llama of {size} parameters on passages of 249 books, {steps} steps of 8 sequences of 64 tokens, AdamW "
-        f"2e-3 after {WARMUP} steps of warm-up; 40 validation and 160 test sequences from 10 other books",
-        claims=claims,
-        figures=paper_figures(),
-        runs=runs,
-        notes=[
-            "The paper's claims are about fine-tuning; here they are put to pretraining.",
-            "Averages of one run share its data order and weights; seeds are runs of their own.",
-            "Both schedules have the same peak learning rate, which was not tuned for either.",
-        ],
-    )
-
+from experiments.shared.bench import Bench
+from experiments.shared.pretraining import pretraining
 
 if __name__ == "__main__":
     pretraining(Bench("pretrain-averages", __file__), 120, {}, "Averages beside pretraining on books", "0.9 M")

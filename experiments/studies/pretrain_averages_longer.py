@@ -5,8 +5,8 @@ Its 120 steps end on the plateau of the frequencies of single tokens, where weig
 
 from __future__ import annotations
 
-from _collect import Bench
-from pretrain_averages import pretraining
+from experiments.shared.bench import Bench
+from experiments.shared.pretraining import pretraining
 
 if __name__ == "__main__":
     pretraining(

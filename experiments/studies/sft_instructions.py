@@ -6,8 +6,8 @@ import gzip
 import random
 from pathlib import Path
 
-from _collect import Bench
-from sft_averages import fine_tuning
+from experiments.shared.bench import Bench
+from experiments.shared.fine_tuning import fine_tuning
 
 
 def instructions(source: Path) -> list[str]:

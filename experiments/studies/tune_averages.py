@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from _collect import SEEDS, Bench
+from experiments.shared.bench import SEEDS, Bench
 
 from lagless.lab.report import Claim, Run
 

@@ -25,6 +25,8 @@ def test_a_study_of_the_repository(path):
     for command in study.commands:
         script = next((word for word in command.split() if word.startswith("experiments/studies/")), None)
         assert script is None or (ROOT / script).is_file()
+        module = next((word for word in command.split() if word.startswith("experiments.studies.")), None)
+        assert module is None or (ROOT / f"{module.replace('.', '/')}.py").is_file()
         assert not any(word.startswith(("/", "~")) for word in command.split()), command  # no machine's paths
 
 

@@ -1,8 +1,5 @@
 """How the studies choose settings: the same search for every method."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 for package in ("datasets", "optuna", "trl"):
@@ -10,18 +7,8 @@ for package in ("datasets", "optuna", "trl"):
 
 
 @pytest.fixture
-def tuning(monkeypatch):
-    studies = Path(__file__).parents[2] / "experiments" / "studies"
-    if not studies.is_dir():
-        pytest.skip("the studies are not part of an installed package")
-    monkeypatch.syspath_prepend(str(studies))
-    before = set(sys.modules)
-    import _tuning
-
-    yield _tuning
-    for name in set(sys.modules) - before:
-        if name.startswith("_"):
-            del sys.modules[name]
+def tuning():
+    return pytest.importorskip("experiments.shared.tuning", reason="the studies are not part of an installed package")
 
 
 def axes(tuning):

@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from _collect import Bench, once, seconds_of
-from _passages import prepare
+from experiments.shared.bench import Bench, once, seconds_of
+from experiments.shared.passages import prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lagless.lab.evaluation import Sequences, held_out_sequences, sequence_losses
@@ -30,7 +30,7 @@ TUNING_SEEDS, REPORTING_SEEDS = (100, 101), (0, 1, 2, 3, 4)
 TEST_SEQUENCES = 1000
 
 Position = tuple[int, ...]
-Setting = dict[str, float]
+Hyperparameters = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _text(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Method:
+class TunedMethod:
     """What is compared.
 
     Attributes:
@@ -201,7 +201,7 @@ class Method:
     name: str
     changes: Mapping[str, Any]
     axes: tuple[Axis, ...]
-    averages: Mapping[str, Setting] = field(default_factory=dict)
+    averages: Mapping[str, Hyperparameters] = field(default_factory=dict)
     folder: str | None = None
 
     @property
@@ -209,7 +209,7 @@ class Method:
         """Of the runs."""
         return (self.folder or self.name).replace(",", "").replace(" ", "-")
 
-    def settings(self, position: Position) -> tuple[Setting, dict[str, str]]:
+    def settings(self, position: Position) -> tuple[Hyperparameters, dict[str, str]]:
         """A grid point for the study and for the recipe."""
         study, recipe = {}, {}
         for axis, i in zip(self.axes, position, strict=True):
@@ -246,7 +246,7 @@ class Tuned:
 Cells = dict[tuple[Position, int], Cell]  # by position and seed
 
 
-def tune(trials: Trials, method: Method, budget: int = BUDGET, finalists: int = FINALISTS) -> Tuned:
+def tune(trials: Trials, method: TunedMethod, budget: int = BUDGET, finalists: int = FINALISTS) -> Tuned:
     """Choose a setting on the tuning seeds by a search."""
     first, second = TUNING_SEEDS
     cells: Cells = {}
@@ -260,7 +260,7 @@ def tune(trials: Trials, method: Method, budget: int = BUDGET, finalists: int = 
     return _choose(method, cells)
 
 
-def full_grid(trials: Trials, method: Method, positions: Iterable[Position]) -> Tuned:
+def full_grid(trials: Trials, method: TunedMethod, positions: Iterable[Position]) -> Tuned:
     """Choose among all ``positions``, each on all tuning seeds."""
     cells: Cells = {}
     for position in positions:
@@ -269,14 +269,14 @@ def full_grid(trials: Trials, method: Method, positions: Iterable[Position]) -> 
     return _choose(method, cells)
 
 
-def _tuning_run(trials: Trials, method: Method, cells: Cells, position: Position, seed: int) -> Cell:
+def _tuning_run(trials: Trials, method: TunedMethod, cells: Cells, position: Position, seed: int) -> Cell:
     folder = f"{method.place}-tuning"
     [cell] = trials.run(folder, method.changes, method.settings(position)[1], [seed])
     cells[position, seed] = cell
     return cell
 
 
-def _choose(method: Method, cells: Cells) -> Tuned:
+def _choose(method: TunedMethod, cells: Cells) -> Tuned:
     """The setting, of those that ran on all tuning seeds, with the best mean."""
     runs, losses = [], {}
     for (position, _), cell in cells.items():
@@ -288,7 +288,7 @@ def _choose(method: Method, cells: Cells) -> Tuned:
     return Tuned(runs, position, weights, means[position, weights])
 
 
-def report(trials: Trials, method: Method, position: Position, weights: str) -> list[tuple[Cell, Run]]:
+def report(trials: Trials, method: TunedMethod, position: Position, weights: str) -> list[tuple[Cell, Run]]:
     """A setting on the reporting seeds, with the loss on text by which nothing was chosen."""
     changes = {**method.changes, "evaluation.every": trials.common["training.max_steps"] // 2}
     arguments = f"{method.place}-reporting", changes, method.settings(position)[1], REPORTING_SEEDS
@@ -302,7 +302,7 @@ def report(trials: Trials, method: Method, position: Position, weights: str) -> 
 
 
 def best_of(
-    name: str, methods: Mapping[str, Setting], tuned: Mapping[str, Tuned], reported: Mapping[str, list[Run]]
+    name: str, methods: Mapping[str, Hyperparameters], tuned: Mapping[str, Tuned], reported: Mapping[str, list[Run]]
 ) -> list[Run]:
     """The runs of a method that contains others as limits, and chooses among all of their settings; no run is new.
 
@@ -313,7 +313,7 @@ def best_of(
         reported: their runs on the reporting seeds, of which those of the best one are taken.
     """
 
-    def own(runs: Sequence[Run], extra: Setting) -> list[Run]:
+    def own(runs: Sequence[Run], extra: Hyperparameters) -> list[Run]:
         return [run.model_copy(update={"method": name, "setting": {**run.setting, **extra}}) for run in runs]
 
     best = min(methods, key=lambda each: tuned[each].loss)

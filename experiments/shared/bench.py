@@ -43,7 +43,7 @@ class Bench:
             parser.error("give --data FOLDER, or set DATA; experiments/README.md says what it holds")
         self.name, self.data, self.work = name, Path(given.data).resolve(), Path(given.work).resolve() / name
         self.work.mkdir(parents=True, exist_ok=True)
-        self.commands = [f"python experiments/studies/{Path(script).name} --data $DATA --work $WORK"]
+        self.commands = [f"python -m experiments.studies.{Path(script).stem} --data $DATA --work $WORK"]
 
     def lagless(self, *arguments: str, made: Path | None = None) -> float:
         """Run a command of the product, and remember it; the seconds that it took.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _collect import once, store
+from experiments.shared.bench import once, store
 
 from lagless.checkpoints import find_checkpoints
 from lagless.lab.averages import LIVE, evaluate_averages
