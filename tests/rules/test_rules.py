@@ -221,7 +221,7 @@ def test_json_round_trip(rule):
 
 
 def test_json_of_something_else():
-    with pytest.raises(ValueError, match="unknown rule 'SWA'; known: EMA, BEMA"):
+    with pytest.raises(ValueError, match="unknown rule 'SWA'; known: BEMA, OUEMA, EMA"):
         rule_from_dict({"rule": "SWA"})
     with pytest.raises(ValueError, match="EMA has no argument alpha"):
         rule_from_dict({"rule": "EMA", "alpha": 1})
