@@ -193,7 +193,7 @@ def test_lightning_follows_saves_resumes_and_loads_it(two_speeds, tmp_path):
 
 def test_it_is_tuned_in_what_tune_knows(two_speeds, tmp_path):
     from lagless.lab.evaluation import Sequences
-    from lagless.lab.tune import settings, tune
+    from lagless.lab.tune import tune
 
     model = llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -204,13 +204,11 @@ def test_it_is_tuned_in_what_tune_knows(two_speeds, tmp_path):
             model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss.backward()
             optimizer.step()
     start = two_speeds.TwoSpeeds(update_freq=10, **HYPERPARAMETERS)
-    considered = list(settings(start))
-    assert len(considered) > 20 and {type(rule) for rule in considered} == {two_speeds.TwoSpeeds}
     tokens = [torch.randint(0, 16, (6, 6), generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)]
     held = [Sequences(each, each.clone()) for each in tokens]
     found = tune(tmp_path / "run", {"mine": start}, *held, evaluations=4)
     assert isinstance(found.best, two_speeds.TwoSpeeds) and found.best.slowness == start.slowness
-    assert np.isfinite(found.best_minus_start.value)
+    assert found.considered > 20 and np.isfinite(found.best_minus_start.value)
 
 
 def test_recipes_name_it_with_and_without_its_module(two_speeds):
