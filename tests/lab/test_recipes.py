@@ -1,11 +1,15 @@
 """Recipes: complete, documented, true to the papers, and strict about what people write."""
 
+import inspect
+
 import pytest
+import torch
 
 pytest.importorskip("pydantic")
 
 from typer.testing import CliRunner  # noqa: E402
 
+import lagless.optim  # noqa: E402
 from lagless import BEMA, EMA  # noqa: E402
 from lagless.cli import app  # noqa: E402
 from lagless.lab.recipes import (  # noqa: E402
@@ -15,7 +19,10 @@ from lagless.lab.recipes import (  # noqa: E402
     parse_override,
     recipe_names,
 )
+from lagless.lab.recipes._optimizers import ELSEWHERE, NOT_IN_RECIPES, OWN, optimizer_section  # noqa: E402
 from lagless.lab.recipes._section import Section  # noqa: E402
+from lagless.lab.training._optimizer import build_optimizer  # noqa: E402
+from lagless.rules import rule_names, rule_to_dict, rules_from_settings  # noqa: E402
 
 
 def filled(name):
@@ -44,11 +51,13 @@ def test_packaged_recipes(name, tmp_path):
     printed = tmp_path / "printed.yaml"
     printed.write_text(describe(recipe))
     assert load_recipe(printed) == recipe
-    # Every point of its sweep is a recipe.
-    for field, values in (recipe.sweep.grid if recipe.sweep else {}).items():
+    # Every value of its sweep makes a recipe, with the first values of the other fields.
+    grid = recipe.sweep.grid if recipe.sweep else {}
+    first = {path: "somewhere" for path in open_fields(name)}
+    first |= dict(parse_override(f"{field}={values[0]}") for field, values in grid.items())
+    for field, values in grid.items():
         for value in values:
-            overrides = {path: "somewhere" for path in open_fields(name)}
-            changed = load_recipe(name, overrides | dict([parse_override(f"{field}={value}")]))
+            changed = load_recipe(name, first | dict([parse_override(f"{field}={value}")]))
             assert changed.digest() != recipe.digest() or changed == recipe
 
 
@@ -144,6 +153,15 @@ BAD = [
     ("data.path.x=1", "path has no fields of its own"),
     ("training.learning_rate", "write FIELD=VALUE"),
     ("data={kind", "is no YAML value"),
+    ("training.batch_size=true", "training: batch_size: true and false are no numbers"),
+    ("method.optimizer.betas=[true, 0.9]", "betas: true and false are no numbers"),
+    ("method.optimizer.eps=-1", r"method\.optimizer: PACE: eps=-1\.0; it must be a finite number > 0"),
+    ("method.optimizer.eps=[1]", r"method\.optimizer\.eps=\[1\]: "),
+    ("method.optimizer.pullbak=1", r"method\.optimizer\.pullbak: unknown field; did you mean pullback\?"),
+    ("method.optimizer.average={rule: [1]}", r"\{'rule': \[1\]\} is no rule"),
+    ("method.optimizer.average={1: 2}", r"is no rule"),
+    ("method.optimizer.average_dtype=float16", r"average_dtype='float16'"),
+    ("training.max_grad_norm=" + "9" * 5000, "max_grad_norm"),
 ]
 
 
@@ -158,11 +176,34 @@ def test_bad_recipes(tmp_path):
         load_recipe("bema-sft-smal")
     with pytest.raises(ValueError, match="there is no such recipe file"):
         load_recipe(tmp_path / "none.yaml")
-    for text, message in [("[1, 2]", "is a mapping"), ("a: [", "is no YAML"), ("extends: x", "is no packaged recipe")]:
-        (tmp_path / "bad.yaml").write_text(text)
-        with pytest.raises(ValueError, match=message):
+    laughs = "".join(f"x{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9 if n else ['1'])}]\n" for n in range(12))
+    for text, message in [
+        ("[1, 2]", "is a mapping"),
+        ("a: [", "is no YAML"),
+        ("extends: x", "is no packaged recipe"),
+        (f"extends: {tmp_path / 'bad.yaml'}\n", "is no packaged recipe.*extends a packaged one"),
+        ("a: &a {b: *a}", "nested too deeply"),
+        ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("a: " + "{b: " * 3000 + "1" + "}" * 3000, "nested too deeply"),
+        (laughs, "more than 100,000 values"),
+        ("name: x\nname: y\n", "'name' occurs twice"),
+        ("extends: bema-sft-small\ndata: {path: a, path: b}\n", "'path' occurs twice"),
+        ("a: 2020-13-45", "cannot be understood"),
+        ('a: !!int ""', "cannot be understood"),
+        ("a: !!python/object:os.system x", "is no YAML"),
+        ("a: \x00", "is no YAML"),
+        (b"name: \xff\xfe", "is no text in UTF-8 .byte 6 is 0xff"),
+        ("1: 2", "bad.yaml"),
+    ]:
+        (tmp_path / "bad.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ValueError, match=message) as caught:
             load_recipe(tmp_path / "bad.yaml")
-    with pytest.raises(ValueError, match=r"(?s)model\.path: is required.*data\.path: is required.*lagless recipes"):
+        assert "bad.yaml" in str(caught.value) and "\n" not in str(caught.value)
+    (tmp_path / "bad.yaml").unlink()
+    (tmp_path / "bad.yaml").mkdir()
+    with pytest.raises(ValueError, match="there is no such recipe file"):
+        load_recipe(tmp_path / "bad.yaml")
+    with pytest.raises(ValueError, match=r"model\.path: is required.*data\.path: is required.*lagless recipes"):
         load_recipe("bema-sft-small")
     with pytest.raises(ValueError, match="tokenizers are trained for pretraining only"):
         load_recipe(
@@ -212,3 +253,70 @@ def test_an_empty_section_of_an_extending_recipe_empties_it(tmp_path):
     ):
         path.write_text(f"extends: bema-sft-small\nmethod: {{returned: live, {text}}}\n")
         assert list(load_recipe(path, needed).method.averages) == left
+
+
+def optimizers():
+    return {
+        name: make
+        for name, make in vars(lagless.optim).items()
+        if inspect.isclass(make) and issubclass(make, torch.optim.Optimizer) and name not in NOT_IN_RECIPES
+    }
+
+
+def test_every_argument_of_every_optimizer_is_a_field():
+    assert {"PACE", "BiasCorrectedAdamW", "BiasCorrectedSophia", "BiasCorrectedShampoo"} <= optimizers().keys()
+    assert optimizers().keys() == OWN.keys()
+    for name, make in optimizers().items():
+        arguments = inspect.signature(make).parameters
+        fields = OWN[name].model_fields
+        assert arguments.keys() - ELSEWHERE.keys() == fields.keys() - {"kind"}, name
+        for argument in arguments.keys() - ELSEWHERE.keys():
+            default = arguments[argument].default
+            assert fields[argument].default == default or default is inspect.Parameter.empty, (name, argument)
+
+
+def test_a_new_argument_of_an_optimizer_is_a_field_at_once():
+    class Mine(torch.optim.SGD):
+        """Step.
+
+        Args:
+            extent: how far.
+        """
+
+        def __init__(self, params, lr: float = 0.1, *, extent: float = 0.5) -> None:
+            super().__init__(params, lr)
+
+    field = optimizer_section(Mine).model_fields["extent"]
+    assert (field.annotation, field.default, field.description) == (float, 0.5, "how far.")
+
+
+def test_the_published_configuration_is_reachable():
+    settings = {
+        "folds": "skewed",
+        "constants": "reference",
+        "warm_start": 3,
+        "update_clip": 1.5,
+        "compile": True,
+        "support_eps": 1e-10,
+        "standard": ["embed"],
+    }
+    changes = {f"method.optimizer.{name}": value for name, value in settings.items()}
+    recipe = load_recipe("bias-pretrain-small", {"data.path": "x", **changes})
+    optimizer = build_optimizer(recipe, torch.nn.Linear(2, 2))
+    group = optimizer.param_groups[0]
+    for name in settings.keys() - {"standard"}:
+        assert group[name] == settings[name]
+    pace = load_recipe("pace-pretrain-small", {"data.path": "x", "method.optimizer.average_dtype": "bfloat16"})
+    assert build_optimizer(pace, torch.nn.Linear(2, 2)).param_groups[0]["average_dtype"] is torch.bfloat16
+
+
+def test_rules_of_recipes_have_every_argument_of_every_rule():
+    for kind in rule_names():
+        rule = rules_from_settings([kind])[kind]
+        written = rule_to_dict(rule)
+        assert written.keys() - {"rule"} == inspect.signature(type(rule)).parameters.keys()
+        changed = load_recipe(
+            "bema-sft-small",
+            {"model.path": "x", "data.path": "x", "method.averages": {"a": written}, "method.returned": "a"},
+        )
+        assert changed.method.averages == {"a": rule}

@@ -288,3 +288,24 @@ def test_the_documented_study(tmp_path, monkeypatch, capsys):
     code = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)
     exec(code, {})
     assert capsys.readouterr().out.strip() == re.search(r"# (reproduced .*)", code).group(1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"name": "\xff"}', "is no text in UTF-8 .byte 10 is 0xff"),
+        (b"[" * 5000, "Invalid JSON"),
+        (b'{"seconds": true}', "seconds: true and false are no numbers"),
+        (b'{"titel": 1}', "titel: Extra inputs are not permitted; did you mean title"),
+        (b'{"seconds": NaN}', "seconds"),
+        (b"", "Invalid JSON"),
+    ],
+)
+def test_what_is_no_study_is_named(tmp_path, content, message):
+    path = tmp_path / "broken.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"broken.json: .*{message}|broken.json: .*problems") as caught:
+        load_study(path)
+    assert "\n" not in str(caught.value)
+    if b"NaN" not in content and b"titel" not in content:
+        assert re.search(message, str(caught.value))

@@ -16,10 +16,16 @@ from lagless.lab.recipes._load import (
     summary as summary,
 )
 from lagless.lab.recipes._method import (
-    Pace as Pace,
-    ScheduleFree as ScheduleFree,
-    Sophia as Sophia,
+    AnySchedule as AnySchedule,
+    Constant as Constant,
+    Cosine as Cosine,
+    Power as Power,
     WarmupStableDecay as WarmupStableDecay,
 )
 from lagless.lab.recipes._model import NewModel as NewModel
+from lagless.lab.recipes._optimizers import (
+    AdamW as AdamW,
+    OptimizerSection as OptimizerSection,
+    OwnOptimizer as OwnOptimizer,
+)
 from lagless.lab.recipes._recipe import Recipe as Recipe

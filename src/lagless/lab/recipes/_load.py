@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from lagless._validation import shown
+from lagless.lab.recipes._problems import field_of, problem, suggestion
 from lagless.lab.recipes._recipe import Recipe
-from lagless.lab.recipes._section import Section
+from lagless.lab.recipes._yaml import parse_yaml
 
 _LIBRARY = files("lagless.lab.recipes") / "library"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are those of JSON as well: 1e-3 is one."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
 
 
 def recipe_names() -> list[str]:
@@ -56,9 +46,9 @@ def load_recipe(name: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        problems = "\n".join(f"  {_problem(data, dict(one))}" for one in error.errors())
+        problems = " ".join(problem(data, one) for one in error.errors())
         raise ValueError(
-            f"recipe {name}:\n{problems}\nChange fields with --set FIELD=VALUE; `lagless recipes NAME` documents each."
+            f"recipe {name}: {problems} Change fields with --set FIELD=VALUE; `lagless recipes NAME` documents each."
         ) from None
 
 
@@ -72,7 +62,7 @@ def open_fields(name: str | Path) -> list[str]:
     try:
         Recipe.model_validate(data)
     except ValidationError as error:
-        return [_field(data, one["loc"])[0] for one in error.errors() if one["type"] == "missing"]
+        return [field_of(data, one["loc"])[0] for one in error.errors() if one["type"] == "missing"]
     return []
 
 
@@ -93,7 +83,10 @@ def parse_override(text: str) -> tuple[str, Any]:
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
         raise ValueError(f"--set {text}: write FIELD=VALUE, e.g. training.learning_rate=3e-4.")
-    return path.strip(), parse_value(value)
+    try:
+        return path.strip(), parse_value(value)
+    except ValueError as error:
+        raise ValueError(f"--set {path.strip()}: {error}") from error
 
 
 def parse_value(text: str) -> Any:
@@ -103,11 +96,9 @@ def parse_value(text: str) -> Any:
     (0.001, [1, 2], {'kind': 'constant'})
     """
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"{text!r} is no YAML value ({_first_line(error)}). Quote it, or check its brackets."
-        ) from error
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{shown(text)} is no YAML value ({error}). Quote it, or check its brackets.") from error
 
 
 def _read(name: str | Path) -> dict[str, Any]:
@@ -115,24 +106,29 @@ def _read(name: str | Path) -> dict[str, Any]:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ValueError(f"{path}: there is no such recipe file. `lagless recipes` lists the packaged ones.")
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     elif str(name) in recipe_names():
-        text = (_LIBRARY / f"{name}.yaml").read_text(encoding="utf-8")
+        content = (_LIBRARY / f"{name}.yaml").read_bytes()
     else:
         raise ValueError(
-            f"recipe {str(name)!r} is unknown{_suggestion(str(name), recipe_names())}. "
+            f"recipe {str(name)!r} is unknown{suggestion(str(name), recipe_names())}. "
             "`lagless recipes` lists them; a file of yours ends in .yaml."
         )
     try:
-        data = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name}: is no YAML ({_first_line(error)}).") from error
+        data = parse_yaml(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: is no text in UTF-8 (byte {error.start} is {content[error.start]:#04x}). Save it as UTF-8."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{name}: is no YAML ({error}).") from error
     if not isinstance(data, dict):
         raise ValueError(f"{name}: a recipe is a mapping of fields; this is a {type(data).__name__}.")
     if (parent := data.pop("extends", None)) is not None:
         if parent not in recipe_names():
             raise ValueError(
-                f"{name}: extends={parent!r} is no packaged recipe{_suggestion(str(parent), recipe_names())}."
+                f"{name}: extends={shown(parent)} is no packaged recipe{suggestion(str(parent), recipe_names())}. A "
+                "recipe extends a packaged one, by its name; `lagless recipes` lists them."
             )
         data = _merged(_read(parent), data)
     return data
@@ -155,52 +151,3 @@ def _set(data: dict[str, Any], keys: Sequence[str], value: Any, path: str) -> No
         if not isinstance(data, dict):
             raise ValueError(f"{path}: {key} has no fields of its own.")
     data[last] = value
-
-
-def _field(data: Any, location: Sequence[int | str]) -> tuple[str, Any]:
-    """Where pydantic found a problem, as a dotted field, and the value there."""
-    parts, node = [], data
-    for part in location:
-        # Within a choice of sections pydantic names the kind as well, which is no field.
-        if isinstance(node, dict) and part not in node and part == node.get("kind"):
-            continue
-        parts.append(str(part))
-        node = node.get(part) if isinstance(node, dict) else None
-    return ".".join(parts), node
-
-
-def _problem(data: Any, error: dict[str, Any]) -> str:
-    """One of pydantic's errors as a sentence."""
-    field, node = _field(data, error["loc"])
-    leaf = field.rpartition(".")[2]
-    if error["type"] == "extra_forbidden":
-        known = _fields(Section)
-        if leaf in known:
-            return f"{field}: is no field of this kind of section."
-        return f"{field}: unknown field{_suggestion(leaf, known)}."
-    if error["type"] == "missing":
-        return f"{field}: is required and has no value."
-    if error["type"] == "union_tag_not_found":
-        return f"{field}.kind: is required and has no value."
-    message = error["msg"].removeprefix("Value error, ").removesuffix(".")
-    if error["type"] == "union_tag_invalid":
-        context = error["ctx"]
-        return f"{field}.kind={context['tag']!r}; it must be one of {context['expected_tags']}."
-    given = "" if isinstance(node, dict) or node is None else f"={node!r}"
-    return f"{field}{given}{': ' if field else ''}{message}."
-
-
-def _fields(section: type[Section]) -> list[str]:
-    found = set(section.model_fields)
-    for kind in section.__subclasses__():
-        found.update(_fields(kind))
-    return sorted(found)
-
-
-def _suggestion(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lagless.lab.recipes._data import Data
-from lagless.lab.recipes._method import Method, Pace, ScheduleFree
+from lagless.lab.recipes._method import Method
 from lagless.lab.recipes._model import Model
 from lagless.lab.recipes._section import Section
 
@@ -77,8 +77,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         method = self.method
-        own = isinstance(method.optimizer, Pace | ScheduleFree)
-        known = [*method.averages, "live", *(["optimizer"] if own else [])]
+        known = [*method.averages, "live", *(["optimizer"] if method.optimizer.keeps_average else [])]
         if reserved := method.averages.keys() & {"live", "optimizer"}:
             raise ValueError(f"method.averages: {' and '.join(sorted(reserved))} cannot be the name of an average")
         for name in method.averages:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Value = bool | int | float | str | None
 Setting = dict[str, Value]
@@ -16,6 +18,16 @@ Setting = dict[str, Value]
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flags_are_no_numbers(cls, data: Any) -> Any:
+        for name, field in cls.model_fields.items() if isinstance(data, dict) else ():
+            value = data.get(name)
+            values = value.values() if isinstance(value, dict) else (value,)
+            if "bool" not in str(field.annotation) and any(isinstance(one, bool) for one in values):
+                raise ValueError(f"{name}: true and false are no numbers")
+        return data
 
 
 class Run(_Record):
@@ -92,12 +104,29 @@ def load_study(path: str | PathLike[str]) -> Study:
     Raises:
         ValueError: if the file is no study, naming the field.
     """
+    content = Path(path).read_bytes()
     try:
-        return Study.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        return Study.model_validate_json(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: is no text in UTF-8 (byte {error.start} is {content[error.start]:#04x}). Save it as UTF-8."
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ValueError(f"{path}: {where}: {first['msg']} ({error.error_count()} problems in all).") from error
+        count = error.error_count()
+        raise ValueError(
+            f"{path}: {where}: {first['msg']}{_meant(first)}{f' ({count} problems in all)' if count > 1 else ''}."
+        ) from error
+
+
+def _meant(error: Mapping[str, Any]) -> str:
+    """What an unknown field may have been meant to be."""
+    if error["type"] != "extra_forbidden":
+        return ""
+    known = {name for record in (Study, Claim, Figure, Run) for name in record.model_fields}
+    close = difflib.get_close_matches(str(error["loc"][-1]), sorted(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def save_study(study: Study, path: str | PathLike[str]) -> None:

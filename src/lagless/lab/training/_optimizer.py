@@ -7,19 +7,22 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
-from lagless.lab.recipes import Recipe, _method as methods
-from lagless.optim import PACE, BiasCorrectedAdamW, BiasCorrectedShampoo, BiasCorrectedSophia
-
-_CLASSES: dict[type[methods.Optimizer], Callable[..., Optimizer]] = {
-    methods.AdamW: AdamW,
-    methods.Pace: PACE,
-    methods.BiasCorrectedAdamW: BiasCorrectedAdamW,
-    methods.Sophia: BiasCorrectedSophia,
-    methods.Shampoo: BiasCorrectedShampoo,
-}
+from lagless.lab.recipes import (
+    AdamW,
+    AnySchedule,
+    Constant,
+    Cosine,
+    OptimizerSection,
+    OwnOptimizer,
+    Power,
+    Recipe,
+    WarmupStableDecay,
+)
+from lagless.optim import BiasCorrectedSophia
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
@@ -29,23 +32,22 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
         ImportError: if it is in a package that is not installed.
     """
     section, training = recipe.method.optimizer, recipe.training
-    settings = {name: getattr(section, name) for name in type(section).model_fields if name != "kind"}
-    make = _class(section)
-    optimizer = make(_groups(model, training.embedding_learning_rate), lr=training.learning_rate, **settings)
+    groups = _groups(model, training.embedding_learning_rate)
+    optimizer = _class(section)(groups, lr=training.learning_rate, **section.settings())
     if isinstance(optimizer, BiasCorrectedSophia):
         optimizer.estimate_curvature(model)
     return optimizer
 
 
-def _class(section: methods.AnyOptimizer) -> Callable[..., Optimizer]:
-    if isinstance(section, methods.ScheduleFree):
-        try:
-            return importlib.import_module("schedulefree").AdamWScheduleFree
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "method.optimizer.kind=schedule_free needs a package: pip install schedulefree"
-            ) from error
-    return _CLASSES[type(section)]
+def _class(section: OptimizerSection) -> Callable[..., Optimizer]:
+    if isinstance(section, OwnOptimizer):
+        return section.make
+    if isinstance(section, AdamW):
+        return torch.optim.AdamW
+    try:
+        return importlib.import_module("schedulefree").AdamWScheduleFree
+    except ModuleNotFoundError as error:
+        raise ImportError("method.optimizer.kind=schedule_free needs a package: pip install schedulefree") from error
 
 
 def _groups(model: nn.Module, embedding_learning_rate: float | None) -> list[dict[str, Any]]:
@@ -65,14 +67,14 @@ def _embeddings(model: Any) -> Iterator[nn.Parameter]:
             yield module.weight
 
 
-def schedule_factor(schedule: methods.AnySchedule, steps: int) -> Callable[[int], float]:
+def schedule_factor(schedule: AnySchedule, steps: int) -> Callable[[int], float]:
     """What the peak learning rate is multiplied by, as a function of the number of steps made.
 
     Args:
         schedule: the section of a recipe.
         steps: T, the length of the run.
 
-    >>> from lagless.lab.recipes._method import WarmupStableDecay
+    >>> from lagless.lab.recipes import WarmupStableDecay
     >>> factor = schedule_factor(WarmupStableDecay(kind="wsd", warmup_steps=2, decay=0.5), 8)
     >>> [factor(done) for done in range(8)]
     [0.5, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
@@ -80,16 +82,16 @@ def schedule_factor(schedule: methods.AnySchedule, steps: int) -> Callable[[int]
 
     def decay(done: int) -> float:
         match schedule:
-            case methods.Constant():
+            case Constant():
                 return 1.0
-            case methods.Power():
+            case Power():
                 return (2.0 + done) ** -schedule.exponent
-            case methods.WarmupStableDecay():
+            case WarmupStableDecay():
                 start = max(schedule.warmup_steps, steps - round(schedule.decay * steps))
             case _:
                 start = schedule.warmup_steps
         gone = min(max(0.0, (done - start) / max(1, steps - start)), 1.0)
-        shape = (1.0 + math.cos(math.pi * gone)) / 2.0 if isinstance(schedule, methods.Cosine) else 1.0 - gone
+        shape = (1.0 + math.cos(math.pi * gone)) / 2.0 if isinstance(schedule, Cosine) else 1.0 - gone
         return schedule.floor + (1.0 - schedule.floor) * shape
 
     def factor(done: int) -> float:

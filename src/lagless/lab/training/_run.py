@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lagless.checkpoints import Destination
 from lagless.lab.environment import commit, machine, versions
-from lagless.lab.recipes import Pace, Recipe, ScheduleFree
+from lagless.lab.recipes import Recipe
 from lagless.lab.training._datasets import Prepared, prepare
 from lagless.lab.training._folder import (
     METRICS,
@@ -68,7 +68,7 @@ def train(
             out / METRICS,
             step=0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-")),
             averages=recipe.method.averages,
-            own="optimizer" if isinstance(recipe.method.optimizer, Pace | ScheduleFree) else "live",
+            own="optimizer" if recipe.method.optimizer.keeps_average else "live",
             notify=notify,
         )
         trainer.add_callback(recorder)

@@ -26,7 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lagless.checkpoints import Destination
 from lagless.integrations.transformers import AveragingCallback
-from lagless.lab.recipes import Recipe, SftData, Sophia
+from lagless.lab.recipes import Recipe, SftData
 from lagless.lab.training._datasets import Prepared
 from lagless.lab.training._optimizer import build_optimizer, schedule_factor
 
@@ -175,7 +175,7 @@ class _PretrainingTrainer(RecipeTrainer):
 class _SftTrainer(RecipeTrainer, SFTTrainer):
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         # Sophia samples labels from the logits, which TRL's own loss never forms.
-        if isinstance(self.recipe.method.optimizer, Sophia):
+        if self.recipe.method.optimizer.kind == "sophia":
             return Trainer.compute_loss(self, *args, **kwargs)
         return super().compute_loss(*args, **kwargs)
 
