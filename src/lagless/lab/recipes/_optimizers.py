@@ -27,6 +27,7 @@ ELSEWHERE = {
 
 NOT_IN_RECIPES = {
     "AveragedOptimizer": "what optimizers with an average have in common",
+    "PrimalAveraging": "wraps another optimizer",
     "Pullback": "wraps another optimizer; around AdamW it is pace",
 }
 """Optimizers of lagless.optim without a section, and why."""
@@ -130,7 +131,10 @@ def _default(argument: Argument) -> Any:
 OWN: dict[str, type[OwnOptimizer]] = {
     name: optimizer_section(make)
     for name, make in vars(lagless.optim).items()
-    if inspect.isclass(make) and issubclass(make, Optimizer) and name not in NOT_IN_RECIPES
+    if inspect.isclass(make)
+    and issubclass(make, Optimizer)
+    and name not in NOT_IN_RECIPES
+    and "optimizer" not in inspect.signature(make).parameters
 }
 """The sections of lagless's optimizers, by the optimizer's name."""
 
