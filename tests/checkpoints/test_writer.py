@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from lagless.checkpoints import CheckpointError, _atomic_folder, open_checkpoint
 from lagless.checkpoints._atomic_folder import check_destination
 from lagless.checkpoints._layout import plan_layout
 from lagless.checkpoints._safetensors_format import TensorInfo
-from lagless.checkpoints._sidecar_files import copy_sidecar_files, sidecar_files
 from lagless.checkpoints._writer import ModelWriter
 
 TENSORS = {
@@ -202,37 +200,3 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot be made"):
         _write(tmp_path / "file" / "out", [""])
-
-
-CARRIED = ["LICENSE", "added_tokens.json", "chat_template.jinja", "config.json", "generation_config.json", "merges.txt"]
-CARRIED += ["preprocessor_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"]
-LEFT = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin", "model.safetensors"]
-LEFT += ["pytorch_model.bin", "README.md", "zero_to_fp32.py", "scaler.pt", "lagless.json"]
-
-
-def test_what_is_carried_over(tmp_path: Path) -> None:
-    for name in (*CARRIED, *LEFT, "modeling_custom.py"):
-        (tmp_path / name).write_text("{}")
-    (tmp_path / "additional_chat_templates").mkdir()
-    assert [path.name for path in sidecar_files(tmp_path)] == [*CARRIED, "additional_chat_templates"]
-    (tmp_path / "config.json").write_text('{"auto_map": {}}')
-    names = [path.name for path in sidecar_files(tmp_path)]
-    assert "modeling_custom.py" in names and not set(names) & set(LEFT)
-
-
-def test_the_configuration_names_the_type_that_is_written(tmp_path: Path) -> None:
-    source, out = tmp_path / "source", tmp_path / "out"
-    source.mkdir(), out.mkdir()
-    config = {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "hidden_size": 3}, "x": 1}
-    (source / "config.json").write_text(json.dumps(config))
-    copy_sidecar_files(source, out)
-    assert json.loads((out / "config.json").read_text()) == config
-    copy_sidecar_files(source, out, "float32")
-    changed = {"torch_dtype": "float32", "text_config": {"dtype": "float32", "hidden_size": 3}, "x": 1}
-    assert json.loads((out / "config.json").read_text()) == changed
-    (source / "config.json").write_text("{}")
-    copy_sidecar_files(source, out, "float32")
-    assert json.loads((out / "config.json").read_text()) == {"dtype": "float32"}
-    (source / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="config.json: not a configuration .not an object.*dtype='auto'"):
-        copy_sidecar_files(source, out, "float32")

@@ -1,5 +1,6 @@
 """Checkpoints on disk: layouts, formats, reading, writing, folders that appear whole or not at all."""
 
+from lagless.checkpoints._alike import check_alike as check_alike
 from lagless.checkpoints._atomic_folder import (
     RECORD as RECORD,
     Destination as Destination,
@@ -7,7 +8,7 @@ from lagless.checkpoints._atomic_folder import (
 )
 from lagless.checkpoints._checkpoint import Checkpoint as Checkpoint
 from lagless.checkpoints._descriptors import spare_descriptors as spare_descriptors
-from lagless.checkpoints._errors import CheckpointError as CheckpointError
+from lagless.checkpoints._errors import CheckpointError as CheckpointError, reporting as reporting
 from lagless.checkpoints._fingerprint import combine_digests as combine_digests, fingerprint as fingerprint
 from lagless.checkpoints._layout import (
     OUTPUT_DTYPES as OUTPUT_DTYPES,
@@ -17,6 +18,7 @@ from lagless.checkpoints._layout import (
 )
 from lagless.checkpoints._open import holds_weights as holds_weights, open_checkpoint as open_checkpoint
 from lagless.checkpoints._paths import StrPath as StrPath, absolute_path as absolute_path
+from lagless.checkpoints._permissions import Permissions as Permissions, permissions_of as permissions_of
 from lagless.checkpoints._readers import (
     Bytes as Bytes,
     FileReader as FileReader,
@@ -31,7 +33,6 @@ from lagless.checkpoints._safetensors_format import (
 from lagless.checkpoints._sidecar_files import sidecar_files as sidecar_files
 from lagless.checkpoints._trajectory import (
     Trajectory as Trajectory,
-    check_alike as check_alike,
     find_checkpoints as find_checkpoints,
 )
 from lagless.checkpoints._weight_names import is_running_statistic as is_running_statistic

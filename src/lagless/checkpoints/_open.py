@@ -63,7 +63,7 @@ def _open(path: Path) -> Checkpoint:
     if main.name.endswith(".index.json"):
         places, files = _open_shards(main)
     else:
-        places, files = _open_file(main), [main]
+        places, files = open_file(main), [main]
     left_out = sorted(filter(is_other_state, places))
     places = {name: place for name, place in places.items() if name not in left_out}
     if not places:
@@ -121,7 +121,12 @@ def _listing(names: list[str]) -> str:
     return (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "nothing"
 
 
-def _open_file(path: Path) -> Mapping[str, tuple[TensorInfo, Place]]:
+def open_file(path: Path) -> Mapping[str, tuple[TensorInfo, Place]]:
+    """The tensors of one file, and where they lie.
+
+    Raises:
+        CheckpointError: if the file is damaged, or of no known kind.
+    """
     if path.suffix == ".safetensors":
         return {name: (info, FilePlace(path, offset)) for name, (info, offset) in read_header(path).items()}
     if path.suffix in TORCH_SUFFIXES:
@@ -139,7 +144,7 @@ def _open_shards(index: Path) -> tuple[dict[str, tuple[TensorInfo, Place]], list
             raise CheckpointError(
                 f"{file}: this shard is missing, {index.name} lists it. Copy the checkpoint again, or leave it out."
             )
-    shards = {file.name: _open_file(file) for file in files}
+    shards = {file.name: open_file(file) for file in files}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise CheckpointError(

@@ -36,6 +36,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
+AVERAGER_KEY = "lagless"
+"""Under this key of a file's metadata, the state of an Averager says what it is."""
+
 _LENGTH = struct.Struct("<Q")
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
 _INCOMPLETE = "It is damaged, or still being written: copy or save it again, or leave this checkpoint out."
@@ -100,7 +103,12 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise ValueError("not an object")
     except ValueError as error:  # also UnicodeDecodeError
         raise CheckpointError(f"{path}: its safetensors header is not JSON ({error}). {_INCOMPLETE}") from error
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    if isinstance(metadata, dict) and AVERAGER_KEY in metadata:
+        raise CheckpointError(
+            f"{path}: is the state of an Averager, not a model. Load it with Averager.load, beside the weights of its "
+            "step."
+        )
     return _check_layout(path, header, _LENGTH.size + length, size)
 
 

@@ -17,6 +17,7 @@ from lagless.checkpoints._atomic_folder import Destination
 from lagless.checkpoints._descriptors import spare_descriptors
 from lagless.checkpoints._errors import CheckpointError
 from lagless.checkpoints._layout import Layout
+from lagless.checkpoints._permissions import Permissions
 from lagless.checkpoints._readers import Bytes, byte_view
 from lagless.checkpoints._sidecar_files import copy_sidecar_files
 from lagless.execution import Ranks
@@ -34,11 +35,12 @@ class ModelWriter:
         out: the output folder.
         names: one folder in ``out`` per row of a block; a single ``""`` makes ``out`` itself the model folder.
         layout: the weight files, the same for all rows.
-        companions: the folder whose configuration and tokenizer go along; None for none.
+        companions: the folder whose configuration and tokenizer go along, or a file of weights in it; None for none.
         dtype: the type for ``config.json`` to name; ``"auto"`` leaves it as it is.
         ranks: processes that write into the same folders; all of them enter and leave together, and the first makes the
             folders and puts them in place.
         overwrite: whether what ``out`` holds on entry may be replaced.
+        permissions: the most that group and others get on what is written.
 
     Raises:
         CheckpointError: if the disk is full or fails, if ``out`` changed while the work went on, or if a value does not
@@ -54,9 +56,11 @@ class ModelWriter:
         dtype: str = "auto",
         ranks: Ranks | None = None,
         overwrite: bool = True,
+        permissions: Permissions = Permissions(),  # noqa: B008 (immutable)
     ) -> None:
         self._out, self._names, self._layout = out, list(names), layout
         self._companions, self._dtype, self._overwrite = companions, dtype, overwrite
+        self._permissions = permissions
         self._ranks = ranks or Ranks()
         self._stack = ExitStack()
         self._folders: list[Path] = []
@@ -98,13 +102,14 @@ class ModelWriter:
         def write() -> None:
             with self._reporting():
                 for folder, text in zip(self._folders, texts, strict=True):
-                    (folder / name).write_text(text, encoding="utf-8")
+                    self._write_text(folder / name, text)
 
         self._ranks.together(lambda: write() if self._ranks.rank == 0 else None)
 
     def _make(self, stack: ExitStack) -> Path:
         temporary = stack.enter_context(Destination(self._out, self._overwrite))
         with self._reporting():
+            self._permissions.apply_to(temporary)
             for name in self._names:
                 self._prepare(temporary / name)
         return temporary
@@ -117,9 +122,10 @@ class ModelWriter:
 
     def _prepare(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
+        self._permissions.apply_to(folder)
         for file in self._layout.files:
             path = folder / file.name
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600 | (0o066 & self._permissions.files))
             try:
                 _allocate(descriptor, file.size)
             finally:
@@ -127,9 +133,13 @@ class ModelWriter:
             self._write(path, 0, np.frombuffer(file.header, dtype=np.uint8))
         if self._layout.index is not None:
             name, text = self._layout.index
-            (folder / name).write_text(text, encoding="utf-8")
+            self._write_text(folder / name, text)
         if self._companions is not None:
             copy_sidecar_files(self._companions, folder, self._dtype)
+
+    def _write_text(self, path: Path, text: str) -> None:
+        path.write_text(text, encoding="utf-8")
+        self._permissions.apply_to(path)
 
     def _write(self, path: Path, position: int, content: Bytes) -> None:
         known = self._descriptors.get(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +18,12 @@ from lagless.checkpoints import (
     ModelWriter,
     StrPath,
     Trajectory,
+    absolute_path,
     check_destination,
     find_checkpoints,
+    permissions_of,
     plan_layout,
+    reporting,
     sidecar_files,
 )
 from lagless.execution import Ranks
@@ -36,6 +40,8 @@ from lagless.rules import (
     ticks,
     trajectory_weights,
 )
+
+_CONFIGURATIONS = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,8 @@ def average_checkpoints(
     """Average the checkpoints of a run by one rule or many, in one pass over the files, into models that
     ``from_pretrained`` loads.
 
-    Beside the weights go the last checkpoint's configuration and tokenizer, and ``lagless.json``, which says what the
-    average is made of.
+    Beside the weights goes what lies beside the last checkpoint's, but states of training and logs, and
+    ``lagless.json``, which says what the average is made of. Nobody may read more than of the checkpoints.
 
     Args:
         run: the run folder, or a list of checkpoints; see :func:`lagless.checkpoints.find_checkpoints`, also for
@@ -147,7 +153,7 @@ def average_checkpoints(
         CheckpointError: if checkpoints are missing, damaged or do not belong together, or the output cannot be written.
         ValueError: if an argument is out of range, or a rule makes no update among the steps.
     """
-    named, out = _named(rules), Path(out)
+    named, out = _named(rules), absolute_path(out)
     trajectory = _opened(run, steps, start, start_step).until(at)
     last = trajectory.checkpoints[-1]
     layout = plan_layout(last.tensors, dtype, max_shard_size, last.is_adapter)
@@ -155,12 +161,14 @@ def average_checkpoints(
         replace(_summarize(name, rule, trajectory), path=out / name, nbytes=layout.nbytes)
         for name, rule in named.items()
     ]
-    check_destination(out, [checkpoint.path for checkpoint in trajectory.checkpoints], overwrite)
+    with reporting(out):
+        check_destination(out, [checkpoint.path for checkpoint in trajectory.checkpoints], overwrite)
+    source, permissions = _companions_source(trajectory), permissions_of(trajectory.checkpoints)
     if dry_run:
         return summaries
     weights = np.array([summary.weights for summary in summaries])
     ranks = Ranks(group)
-    with ModelWriter(out, list(named), layout, _companions_folder(trajectory), dtype, ranks, overwrite) as writer:
+    with ModelWriter(out, list(named), layout, source, dtype, ranks, overwrite, permissions) as writer:
         prints = stream_product(
             trajectory.checkpoints,
             weights,
@@ -174,6 +182,8 @@ def average_checkpoints(
         )
         records = [_record(summary, trajectory, prints, accumulate, dtype) for summary in summaries]
         writer.write_texts(RECORD, [json.dumps(record, indent=2, ensure_ascii=False) + "\n" for record in records])
+    if ranks.rank == 0:
+        _warn_of_copies(trajectory, prints)
     return summaries
 
 
@@ -190,10 +200,26 @@ def _opened(
     return run
 
 
-def _companions_folder(trajectory: Trajectory) -> Path:
+def _companions_source(trajectory: Trajectory) -> Path:
     """Where configuration and tokenizer are: beside the last weights or, as these may be bare shards, beside θ_0's."""
-    folders = [trajectory.checkpoints[-1].folder, trajectory.checkpoints[0].folder]
-    return next((folder for folder in folders if sidecar_files(folder)), folders[0])
+    places = [trajectory.checkpoints[-1].path, trajectory.checkpoints[0].path]
+    named = [{file.name for file in sidecar_files(place)} for place in places]
+    return next((p for p, names in zip(places, named, strict=True) if names & {*_CONFIGURATIONS}), places[0])
+
+
+def _warn_of_copies(trajectory: Trajectory, fingerprints: Sequence[str | None]) -> None:
+    """Say that two checkpoints of the run are one, copied; θ_0 may be the same as the first of them."""
+    seen: dict[str, int] = {}
+    for i in range(1, len(fingerprints)):
+        other = seen.setdefault(fingerprints[i] or str(i), i)
+        if other != i:
+            one, two = (trajectory.checkpoints[k].path for k in (other, i))
+            warnings.warn(
+                f"{one} and {two} hold the same weights, bit for bit. If one is a copy of the other, it counts twice "
+                "in the average: leave it out (--steps).",
+                stacklevel=3,
+            )
+            return
 
 
 def inspect_run(

@@ -146,10 +146,7 @@ class _Product:
         self._tensors = sources[-1].tensors
         self._queue = deque(sorted(names, key=lambda name: self._tensors[name].nbytes, reverse=True))
         self._types = {
-            name: None
-            if is_running_statistic(name)
-            else _sum_type([c.tensors[name].dtype for c in sources], accumulate)
-            for name in self._tensors
+            name: _sum_type(name, [c.tensors[name].dtype for c in sources], accumulate) for name in self._tensors
         }
         sum_bytes = sum(dtype.itemsize for dtype in set(self._types.values()) if dtype is not None)
         rows, columns = weights.shape
@@ -263,9 +260,9 @@ def check_weights(weights: ArrayLike, columns: int) -> NDArray[np.float64]:
     return matrix
 
 
-def _sum_type(stored: list[torch.dtype], accumulate: Accumulate) -> torch.dtype | None:
-    """The type to sum in; None for integers and booleans, which are copied."""
-    if not stored[-1].is_floating_point:
+def _sum_type(name: str, stored: list[torch.dtype], accumulate: Accumulate) -> torch.dtype | None:
+    """The type to sum in; None for integers, booleans and running statistics, which are copied."""
+    if not stored[-1].is_floating_point or is_running_statistic(name):
         return None
     return torch.float64 if torch.float64 in stored else getattr(torch, accumulate)
 
