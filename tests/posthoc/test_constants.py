@@ -39,7 +39,7 @@ def test_elements_that_are_equal_everywhere_stay_bit_for_bit(
     constant = torch.rand(3000, generator=generator) < share
     states = [torch.where(constant, fixed, torch.randn(3000, generator=generator).to(dtype)) for _ in range(count)]
     for step, tensor in enumerate(states, 1):
-        save_model({"w": tensor}, run / f"run/checkpoint-{10 * step}")
+        save_model({"w": tensor, "step": torch.tensor(step)}, run / f"run/checkpoint-{10 * step}")
     summaries = average_checkpoints(run / "run", RULES, run / "out")
     for summary in summaries:
         found = load_file(run / "out" / summary.name / "model.safetensors")["w"]
