@@ -19,7 +19,7 @@ def counts(values: Sequence[int | Tensor]) -> list[int]:
         if isinstance(value, Tensor):
             devices[value.device].append(i)
     for held in devices.values():
-        together = torch.stack([torch.as_tensor(values[i]).reshape(()) for i in held])
+        together = torch.stack([torch.reshape(values[i], ()) for i in held])  # pyright: ignore[reportArgumentType]
         for i, number in zip(held, together.tolist(), strict=True):
             numbers[i] = int(number)
     return numbers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -61,7 +62,7 @@ def parameters_keep_their_dtype(make: Factory, microbatches: int = 1) -> None:
 def layout_does_not_matter(make: Factory, microbatches: int = 1) -> None:
     """Transposed and channels-last parameters move like contiguous ones; empty ones are accepted."""
     for shape in ((4, 3), (2, 3, 4, 5)):
-        values = torch.linspace(-1.0, 1.0, int(torch.tensor(shape).prod()), dtype=torch.float64).view(shape)
+        values = torch.linspace(-1.0, 1.0, math.prod(shape), dtype=torch.float64).view(shape)
         strided = values.clone(memory_format=torch.channels_last) if len(shape) == 4 else values.t().contiguous().t()
         plain, other = nn.Parameter(values.clone()), nn.Parameter(strided)
         assert not other.is_contiguous()
@@ -191,7 +192,7 @@ def scaler_skips_a_step(make: Factory, microbatches: int = 1) -> None:
     problem = Problem(make, microbatches=microbatches).run(2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     before, state = problem.bits(), copy.deepcopy(problem.optimizer.state_dict()["state"])
-    problem.backward(scaler.scale(torch.tensor(float("inf"))))
+    problem.backward(scaler.scale(torch.tensor(float("inf"), dtype=torch.float32)))
     scaler.step(problem.optimizer)
     scaler.update()
     assert _equal(before, problem.bits()), "a skipped step moved a parameter"
@@ -278,7 +279,7 @@ def sparse_and_complex_are_right_or_refused(make: Factory, microbatches: int = 1
         sparse.optimizer.step()
         assert torch.allclose(dense.parameters[0], sparse.parameters[0]), "a sparse gradient gives another step"
     with refusal:
-        real = nn.Parameter(torch.linspace(-1.0, 1.0, 8).view(4, 2))
+        real = nn.Parameter(torch.linspace(-1.0, 1.0, 8, dtype=torch.float32).view(4, 2))
         whole = nn.Parameter(torch.view_as_complex(real.detach().clone()))
         pair = make([real]), make([whole])
         for _ in range(2):

@@ -63,7 +63,8 @@ class MergedLoraAverager(Averager):
                 "option out."
             )
         self._products = {
-            name: torch.empty(len(b), a.shape[1], device=a.device) for name, (_, a, _, b) in self._factors.items()
+            name: torch.empty(len(b), a.shape[1], dtype=a.dtype, device=a.device)
+            for name, (_, a, _, b) in self._factors.items()
         }
         self._multiply()
         super().__init__({**trainable, **self._products}, rules, **options)

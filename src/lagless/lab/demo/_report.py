@@ -152,7 +152,7 @@ def _definitions(result: DemoResult) -> str:
 
 
 def _blind(result: DemoResult) -> float:
-    return float(torch.tensor(result.plan.shape.vocab_size).log())
+    return float(torch.tensor(result.plan.shape.vocab_size, dtype=torch.float32).log())
 
 
 def _figure(plot: Plot, folder: Path) -> str:

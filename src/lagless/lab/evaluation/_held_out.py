@@ -64,7 +64,7 @@ def held_out_sequences(
     tokens = torch.zeros(len(chosen), max(len(ids) for ids, _ in chosen), dtype=torch.long)
     labels = torch.full_like(tokens, IGNORED)
     for row, (ids, start) in enumerate(chosen):
-        tokens[row, : len(ids)] = torch.tensor(ids)
+        tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
         labels[row, start : len(ids)] = tokens[row, start : len(ids)]
     return Sequences(tokens, labels)
 

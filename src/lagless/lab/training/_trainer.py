@@ -181,7 +181,7 @@ class _SftTrainer(RecipeTrainer, SFTTrainer):
 
 
 def _collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
-    tokens = torch.tensor([feature["input_ids"] for feature in features])
+    tokens = torch.tensor([feature["input_ids"] for feature in features], dtype=torch.int64)
     return {"input_ids": tokens, "labels": tokens.clone()}
 
 

@@ -227,9 +227,9 @@ def debiased(process: OrnsteinUhlenbeck, times: ArrayLike, path: torch.Tensor) -
         Block and Zhang, arXiv 2508.00180, Prop. 9. (Theorem 1 prints e^{-AT} for e^{-At}.)
     """
     moments = np.asarray(times, dtype=np.float64)
-    basis = torch.as_tensor(process.basis).to(path)
-    start = torch.as_tensor(process.theta0).to(path)
-    gained = torch.as_tensor(-np.expm1(-np.multiply.outer(moments, process.rates))).to(path)
+    basis = torch.as_tensor(process.basis, dtype=torch.float64).to(path)
+    start = torch.as_tensor(process.theta0, dtype=torch.float64).to(path)
+    gained = torch.as_tensor(-np.expm1(-np.multiply.outer(moments, process.rates)), dtype=torch.float64).to(path)
     # θ_0 + (I - e^{-At})⁻¹ (θ_t - θ_0), the same thing.
     return start + (((path - start) @ basis) / gained) @ basis.T
 
@@ -244,10 +244,10 @@ def _time_average(times: FloatArray, path: torch.Tensor) -> torch.Tensor:
     """The trapezoidal average over ``times``: (..., n, d) → (..., d)."""
     gaps = np.diff(times)
     weights = (np.append(gaps, 0.0) + np.insert(gaps, 0, 0.0)) / (2.0 * (times[-1] - times[0]))
-    return torch.einsum("n,...nd->...d", torch.as_tensor(weights).to(path), path)
+    return torch.einsum("n,...nd->...d", torch.as_tensor(weights, dtype=torch.float64).to(path), path)
 
 
 def _average_plus_displacement(per_distance: FloatArray, times: ArrayLike, path: torch.Tensor) -> torch.Tensor:
     moments = np.asarray(times, dtype=np.float64)
-    travelled = (path[..., -1, :] - path[..., 0, :]) @ torch.as_tensor(per_distance).to(path)
+    travelled = (path[..., -1, :] - path[..., 0, :]) @ torch.as_tensor(per_distance, dtype=torch.float64).to(path)
     return _time_average(moments, path) + travelled / float(moments[-1])

@@ -32,11 +32,11 @@ def log_likelihood(process: OrnsteinUhlenbeck, mu: ArrayLike, times: ArrayLike, 
         sign, which Theorem 3 and the proof of Theorem 4 do not have.)
     """
     moments = np.asarray(times, dtype=np.float64)
-    gaps = torch.as_tensor(np.diff(moments)).to(path)
+    gaps = torch.as_tensor(np.diff(moments), dtype=torch.float64).to(path)
     whiten = inverse(process.Sigma)
-    distance = torch.as_tensor(np.asarray(mu, dtype=np.float64)).to(path) - path
-    whitened = distance @ torch.as_tensor(process.A @ whiten).to(path)
-    moved = torch.diff(path, dim=-2) @ torch.as_tensor(whiten).to(path)
+    distance = torch.as_tensor(np.asarray(mu, dtype=np.float64), dtype=torch.float64).to(path) - path
+    whitened = distance @ torch.as_tensor(process.A @ whiten, dtype=torch.float64).to(path)
+    moved = torch.diff(path, dim=-2) @ torch.as_tensor(whiten, dtype=torch.float64).to(path)
     drift = (whitened[..., :-1, :] * moved).sum(dim=(-2, -1))
     square = (whitened**2).sum(dim=-1)
     energy = ((square[..., :-1] + square[..., 1:]) / 2.0 * gaps).sum(dim=-1)

@@ -171,7 +171,7 @@ def sampled_estimates(
     if not paths >= 2:
         raise ValueError(f"paths={paths}; a standard error needs at least 2.")
     path = process.sample(paths, times, seed=seed, device=device, progress=progress)
-    mu = torch.as_tensor(process.mu).to(path)
+    mu = torch.as_tensor(process.mu, dtype=torch.float64).to(path)
     found: dict[str, SampledRisk] = {}
     for name, estimator in estimators.items():
         spread, mean = torch.std_mean((estimator.estimate(process, times, path) - mu).square().sum(dim=-1))

@@ -245,7 +245,7 @@ def _likelihood(process: OrnsteinUhlenbeck, horizon: float, tau: float) -> Itera
 
     yield from _stationary(value, best, fisher_information(process, horizon))
     later = np.linspace(tau, horizon, 9)
-    expected = torch.as_tensor(process.mean(later))
+    expected = torch.as_tensor(process.mean(later), dtype=torch.float64)
     averages = debiased(process, later, expected).numpy()
     yield _equal("Prop. 9", "E θ̄_t = μ* at every t", averages, np.broadcast_to(process.mu, averages.shape))
     average = OUFlatAverage(tau).estimate(process, later, expected).numpy()
