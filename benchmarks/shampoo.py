@@ -52,7 +52,7 @@ def make(kind: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimiz
             root_freq=1,
             grafting="none",
             cross_fit="none",
-            standard=(),
+            exclude=(),
         )
     return ScalableShampoo(
         parameters,

@@ -58,3 +58,16 @@ def test_former_methods_of_the_averager():
         assert averager.in_model is None
     with pytest.warns(DeprecationWarning, match="copy_to_model"):
         averager.put()
+
+
+@pytest.mark.parametrize("name", ["BiasCorrectedAdamW", "BiasCorrectedSophia", "BiasCorrectedShampoo"])
+def test_the_former_argument_for_excluded_parameters(name):
+    make = getattr(lagless.optim, name)
+    named = {key: torch.nn.Parameter(torch.ones(2, 3)) for key in ("embed", "own.a", "own.b")}
+    with pytest.warns(DeprecationWarning, match="argument standard is called exclude now"):
+        optimizer = make(named.items(), standard=("own",))
+    assert [group["param_names"] for group in optimizer.param_groups] == [["embed"], ["own.a", "own.b"]]
+    with pytest.raises(TypeError, match="both exclude and standard"):
+        make(named.items(), standard=(), exclude=())
+    with pytest.warns(DeprecationWarning, match="set_microbatch_weight"):
+        optimizer.weigh_microbatch(2.0)

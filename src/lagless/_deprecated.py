@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -9,7 +10,10 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MODULES = {
     "lagless.schedules": "lagless.rules",
@@ -106,3 +110,25 @@ def former_method(name: str, new: str) -> Callable[..., Any]:
         return getattr(self, new)(*arguments, **options)
 
     return call
+
+
+def former_argument(name: str, new: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator for functions whose keyword ``new`` was called ``name``."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*arguments: P.args, **options: P.kwargs) -> R:
+            if name in options:
+                if new in options:
+                    raise TypeError(f"both {new} and {name}, its former name, are given; give {new} only.")
+                warnings.warn(
+                    f"the argument {name} is called {new} now; the former name goes with the next release.",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+                options[new] = options.pop(name)
+            return function(*arguments, **options)
+
+        return call
+
+    return decorate

@@ -102,17 +102,17 @@ def _groups(parameters: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
 
 
 def _adamw(**settings: Any) -> Make:
-    return lambda ps: BiasCorrectedAdamW(ps, **{"lr": 0.02, "standard": (), "warm_start": 2, **settings})
+    return lambda ps: BiasCorrectedAdamW(ps, **{"lr": 0.02, "exclude": (), "warm_start": 2, **settings})
 
 
 def _sophia(**settings: Any) -> Make:
-    return lambda ps: BiasCorrectedSophia(ps, **{"lr": 0.02, "hessian_freq": 3, "standard": (), **settings})
+    return lambda ps: BiasCorrectedSophia(ps, **{"lr": 0.02, "hessian_freq": 3, "exclude": (), **settings})
 
 
 # Corrections need blocks so small that factors have full rank: in a null space any basis is as good, and they differ.
 def _shampoo(**settings: Any) -> Make:
     return lambda ps: BiasCorrectedShampoo(
-        ps, **{"lr": 0.02, "damping": 1e-2, "root_freq": 2, "standard": (), **settings}
+        ps, **{"lr": 0.02, "damping": 1e-2, "root_freq": 2, "exclude": (), **settings}
     )
 
 
@@ -139,7 +139,7 @@ AVERAGED: dict[str, Make] = {
 BIAS_CORRECTED: dict[str, Make] = {
     "adamw-leave_one_out": _adamw(),
     "adamw-warm": _adamw(warm_start=12),
-    "adamw-excluded": lambda ps: BiasCorrectedAdamW(ps, lr=0.02, warm_start=2, standard=("embed",)),
+    "adamw-excluded": lambda ps: BiasCorrectedAdamW(ps, lr=0.02, warm_start=2, exclude=("embed",)),
     "adamw-jackknife": _adamw(inverse_correction="jackknife", folds="exact"),
     "adamw-skewed": _adamw(folds="skewed", inverse_correction="jackknife"),
     "adamw-split-post_ema": _adamw(cross_fit="split", inverse_correction="post_ema"),
@@ -150,14 +150,14 @@ BIAS_CORRECTED: dict[str, Make] = {
     "sophia-split": _sophia(),
     "sophia-split-post_ema": _sophia(inverse_correction="post_ema"),
     "sophia-none": _sophia(cross_fit="none"),
-    "sophia-excluded": _sophia(standard=("embed",)),
+    "sophia-excluded": _sophia(exclude=("embed",)),
     "sophia-bfloat16-weights": _sophia(),
     "shampoo-split": _shampoo(),
     "shampoo-split-post_ema": _shampoo(inverse_correction="post_ema", block_size=4),
     "shampoo-none": _shampoo(cross_fit="none", grafting="none"),
     "shampoo-exact": _shampoo(cross_fit="none", inverse_correction="post_ema", folds="exact", block_size=4),
     "shampoo-blocks": _shampoo(block_size=4, norm_clip=1.0),
-    "shampoo-excluded": _shampoo(standard=("embed",)),
+    "shampoo-excluded": _shampoo(exclude=("embed",)),
 }
 
 OPTIMIZERS = AVERAGED | BIAS_CORRECTED

@@ -298,13 +298,13 @@ def test_the_published_configuration_is_reachable():
         "update_clip": 1.5,
         "compile": True,
         "support_eps": 1e-10,
-        "standard": ["embed"],
+        "exclude": ["embed"],
     }
     changes = {f"method.optimizer.{name}": value for name, value in settings.items()}
     recipe = load_recipe("bias-pretrain-small", {"data.path": "x", **changes})
     optimizer = build_optimizer(recipe, torch.nn.Linear(2, 2))
     group = optimizer.param_groups[0]
-    for name in settings.keys() - {"standard"}:
+    for name in settings.keys() - {"exclude"}:
         assert group[name] == settings[name]
     pace = load_recipe("pace-pretrain-small", {"data.path": "x", "method.optimizer.average_dtype": "bfloat16"})
     assert build_optimizer(pace, torch.nn.Linear(2, 2)).param_groups[0]["average_dtype"] is torch.bfloat16

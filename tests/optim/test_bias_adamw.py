@@ -567,7 +567,7 @@ def test_gradients_of_autograd_grad_are_not_kept():
     fed(parameters, [[torch.ones(()) for _ in parameters]])
     torch.autograd.grad(sum(p.square().sum() for p in parameters), parameters)
     optimizer.zero_grad()
-    assert not optimizer._microbatches._incoming
+    assert not optimizer._microbatches.hooks._incoming
 
 
 def test_the_shared_table_of_t5_is_an_embedding():
@@ -645,7 +645,7 @@ def test_embeddings_are_standard_and_that_is_said(caplog):
     assert standard["param_names"] == [names[0], names[2]] and standard["cross_fit"] == "none"
     assert "no correction for model.embed_tokens.weight, lm_head.bias" in caplog.text
     caplog.clear()
-    assert len(BiasCorrectedAdamW(zip(names, parameters, strict=True), standard=()).param_groups) == 1
+    assert len(BiasCorrectedAdamW(zip(names, parameters, strict=True), exclude=()).param_groups) == 1
     assert not caplog.text
     BiasCorrectedAdamW(parameters)
     assert "parameters came without names" in caplog.text

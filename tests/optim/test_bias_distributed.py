@@ -41,12 +41,12 @@ def make_model():
 
 
 def adamw(model, form):
-    return BiasCorrectedAdamW(model.named_parameters(), lr=0.1, eps=1e-3, warm_start=1, standard=(), **form)
+    return BiasCorrectedAdamW(model.named_parameters(), lr=0.1, eps=1e-3, warm_start=1, exclude=(), **form)
 
 
 def shampoo(model, _):
     return BiasCorrectedShampoo(
-        model.named_parameters(), damping=1e-2, lr=0.1, root_freq=2, inverse_correction="post_ema", standard=()
+        model.named_parameters(), damping=1e-2, lr=0.1, root_freq=2, inverse_correction="post_ema", exclude=()
     )
 
 
@@ -213,7 +213,7 @@ def sharded_language_model(rank):
         for _ in range(2):
             tokens = torch.randint(7, (2, 5 + rank))
             model(tokens, labels=tokens, num_items_in_batch=36).loss.backward()
-        assert optimizer._microbatches._weights == [18.0, 18.0]  # 2 · (4 + 5)
+        assert optimizer._microbatches.weights.given() == [18.0, 18.0]  # 2 · (4 + 5)
         optimizer.step()
         optimizer.zero_grad()
     for state in optimizer.state.values():
@@ -275,7 +275,7 @@ def sharded(rank):
 
 
 SHAMPOO = {
-    "standard": {"cross_fit": "none", "standard": ("2.",)},
+    "standard": {"cross_fit": "none", "exclude": ("2.",)},
     "split": {"norm_clip": 1.0, "grafting": "none"},
     "inverse": {"cross_fit": "none", "inverse_correction": "pre_ema"},
     "split inverse in blocks": {"inverse_correction": "post_ema", "block_size": 2},
@@ -294,7 +294,7 @@ def matrices(dimension, settings):
         for layer in (model[2], model[4]) if dimension else (model[0], model[2], model[4]):
             fully_shard(layer, mesh=mesh, shard_placement_fn=lambda p: Shard(min(dimension, p.dim() - 1)))
         fully_shard(model, mesh=mesh)
-    settings = {"damping": 1e-2, "lr": 0.1, "root_freq": 2, "standard": (), "report_freq": 1} | settings
+    settings = {"damping": 1e-2, "lr": 0.1, "root_freq": 2, "exclude": (), "report_freq": 1} | settings
     optimizer = BiasCorrectedShampoo(model.named_parameters(), **settings)
     if dimension is None:
         optimizer._microbatches.group = None
@@ -493,12 +493,12 @@ def unreached_curvature(rank):
         replica = DistributedDataParallel(model, find_unused_parameters=True)
         for step in batches(3, 2 * each):
             for place, x in enumerate(step):
-                if single.curvature_due and single._wanted():
+                if single._method.wants(single.state, single.param_groups, single._microbatches):
                     single.add_curvature(alone(2.0 * x, place // each == 1))
                 (alone(x, place // each == 1) / len(step)).backward()
             for j in range(each):
                 x = step[order(j, rank) if each == 2 else rank]
-                if optimizer.curvature_due and optimizer._wanted():
+                if optimizer._method.wants(optimizer.state, optimizer.param_groups, optimizer._microbatches):
                     optimizer.add_curvature(model(2.0 * x, rank == 1))
                 with replica.no_sync() if j + 1 < each else contextlib.nullcontext():
                     (replica(x, rank == 1) / each).backward()

@@ -231,7 +231,7 @@ def windows(optimizer, model, counts):
     for count in counts:
         for _ in range(count):
             true, sampled = torch.randn(2, *model.table.shape, generator=generator, dtype=torch.float64)
-            if optimizer.curvature_due and optimizer._wanted():
+            if optimizer._method.wants(optimizer.state, optimizer.param_groups, optimizer._microbatches):
                 optimizer.add_curvature((model.table * sampled).sum())
             ((model.table * true).sum() / count).backward()
         optimizer.step()

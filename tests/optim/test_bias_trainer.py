@@ -114,13 +114,13 @@ def test_losses_that_are_means_of_their_microbatches_weigh_the_same():
     model.eval()(**batch, num_items_in_batch=40)
     with torch.no_grad():
         model.train()(**batch, num_items_in_batch=40)
-    assert optimizer._microbatches.announced is None
+    assert optimizer._microbatches.weights.announced is None
     model(**batch, num_items_in_batch=40)
-    assert optimizer._microbatches.announced == 8.0
+    assert optimizer._microbatches.weights.announced == 8.0
     handle.remove()
     optimizer.set_microbatch_weight(5)
     model(**batch, num_items_in_batch=40)
-    assert optimizer._microbatches.announced == 5.0
+    assert optimizer._microbatches.weights.announced == 5.0
 
 
 def test_resumed_training_equals_never_stopped(tmp_path):

@@ -124,3 +124,15 @@ def test_no_product_reaches_c_unchecked():
     ):
         with pytest.raises(ValueError, match="weights, x and out are"):
             Product(*bad)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_states_carry_the_number_of_their_format(name):
+    parameter, optimizer = stepped(name)
+    state = copy.deepcopy(optimizer.state_dict())
+    assert state.pop("format") == 1
+    optimizer.load_state_dict(state)  # of a version that did not number them
+    take_step(parameter, optimizer)
+    for unknown in (2, "1", None, True, 1.5):
+        with pytest.raises(ValueError, match=f"format {unknown!r}; this lagless reads 1. Update lagless."):
+            optimizer.load_state_dict({**state, "format": unknown})

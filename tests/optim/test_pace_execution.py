@@ -19,7 +19,7 @@ from lagless.execution._rounding import Noise
 from lagless.optim import PACE, Pullback
 from lagless.optim._average_step import average_step
 from lagless.optim._executors import _rounded_at_random
-from lagless.updates import PaceConstants, pace_constants, pulled_adamw
+from lagless.updates import PaceConstants, lerp, pace_constants, pulled_adamw
 
 SIZE = KERNEL_SMALLEST + 37
 SETTINGS = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -126,7 +126,7 @@ def test_one_call_into_c_is_the_pure_update_bit_for_bit(case, dtype, threads, mo
             weight.grad = gradient(weight, step)
             theta, m, v, ema = row
             row[:3] = pulled_adamw(theta, weight.grad, m, v, ema, k)
-            row[3] = ema + k.average * (row[0] - ema)
+            row[3] = lerp(ema, row[0], k.average)
         optimizer.step()
     for weight, row in zip(weights, expected, strict=True):
         state = optimizer.state[weight]

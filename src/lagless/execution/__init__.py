@@ -1,6 +1,17 @@
 """How tensors are moved: blocks, rounding, shards and ranks, compiled kernels, C. Averages and optimizers run on it."""
 
-from lagless.execution._adam_c import adam_step_c as adam_step_c, fits_adam_c as fits_adam_c
+from lagless.execution._adam_c import (
+    AdamConstants as AdamConstants,
+    AdamRow as AdamRow,
+    adam_step_c as adam_step_c,
+    fits_adam_c as fits_adam_c,
+)
+from lagless.execution._autocast import without_autocast as without_autocast
+from lagless.execution._autograd_private import (
+    after_pass as after_pass,
+    current_pass as current_pass,
+    within_another_pass as within_another_pass,
+)
 from lagless.execution._blocks import (
     Row as Row,
     block_size as block_size,
@@ -18,7 +29,7 @@ from lagless.execution._devices import counts as counts, exact_dtype as exact_dt
 from lagless.execution._errors import RankError as RankError
 from lagless.execution._lerp_c import LERP_C_SMALLEST as LERP_C_SMALLEST, fits_lerp_c as fits_lerp_c, lerp_c as lerp_c
 from lagless.execution._lerp_compiled import KERNEL_SMALLEST as KERNEL_SMALLEST, lerp_compiled as lerp_compiled
-from lagless.execution._pace_c import fits_pace_c as fits_pace_c, pace_step_c as pace_step_c
+from lagless.execution._pace_c import PaceRow as PaceRow, fits_pace_c as fits_pace_c, pace_step_c as pace_step_c
 from lagless.execution._process_sums import (
     over_shards as over_shards,
     sum_in_place as sum_in_place,

@@ -5,38 +5,48 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lagless.execution._blocks import Row
 from lagless.execution._c import NO_FMA, REALS, TensorTable, functions, in_memory
 from lagless.updates import PaceConstants
 
 
-def fits_pace_c(row: Row) -> bool:
+class PaceRow(NamedTuple):
+    """The tensors of one parameter whose average is a single buffer; the order is that of ``pace.c``."""
+
+    weights: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    average: Tensor
+
+
+def fits_pace_c(row: Sequence[Tensor]) -> bool:
     """Whether the tensors lie on the host, without gaps and in one type, and there is a C compiler."""
     return in_memory(row) and _library() is not None
 
 
-def pace_step_c(rows: Sequence[Row], k: PaceConstants) -> None:
+def pace_step_c(rows: Sequence[PaceRow], k: PaceConstants) -> None:
     """One step of parameters whose average is a single buffer: everything is read and written once.
 
     The result is that of :func:`lagless.updates.pulled_adamw` in the type of the tensors, bit for bit but for the
     square root: it is rounded correctly here, and by torch to one unit in the last place.
 
     Args:
-        rows: weights, gradient, first moment, second moment, average of each parameter, as :func:`fits_pace_c` wants
-            them; modified in place.
-        k: numbers.
+        rows: one per parameter, as :func:`fits_pace_c` wants them; all but gradients are modified in place.
+        k: numbers; the order of the fields is that of ``pace.c``.
     """
-    library, dtype = _library(), rows[0][0].dtype
+    library, dtype = _library(), rows[0].weights.dtype
     assert library is not None
-    given, constants = TensorTable(rows, 5), np.array(k, dtype=REALS[dtype])
+    given, constants = TensorTable(rows, len(PaceRow._fields)), np.array(k, dtype=REALS[dtype])
     library[dtype](len(rows), given.sizes, given.addresses, constants.ctypes.data, given.threads)
     for row in rows:
-        increment_version(row[0])  # autograd notices changed weights only through the tensors it knows
+        increment_version(row.weights)  # autograd notices changed weights only through the tensors it knows
 
 
 @functools.cache

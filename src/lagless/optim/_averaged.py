@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lagless.execution import buffer_dtype, combine, counts, local
 from lagless.optim._average_step import coefficients
-from lagless.optim._loaded_state import require_fitting
+from lagless.optim._loaded_state import counter_dtype, require_fitting, require_known_format, with_format
 from lagless.rules import ReadCoefficients, Rule, rule_from_dict, rule_to_dict
 
 Self = TypeVar("Self", bound="AveragedOptimizer")
@@ -119,7 +119,7 @@ class AveragedOptimizer(Optimizer):
         state["state"] = {index: dict(values) for index, values in state["state"].items()}
         for group, own in zip(state["param_groups"], self._groups, strict=True):
             group["average"] = rule_to_dict(own["average"])
-        return state
+        return with_format(state)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -134,6 +134,7 @@ class AveragedOptimizer(Optimizer):
             ValueError: if the state is another optimizer's, lacks what the average needs, or has tensors of other
                 shapes than the parameters. Nothing is changed then.
         """
+        require_known_format(state_dict)
         given: dict[str, Any] = {}
 
         def check(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +152,11 @@ class AveragedOptimizer(Optimizer):
         for index, parameter in zip(indices, self._parameters(), strict=True):
             held = self.state[parameter] if parameter in self.state else {}
             for name, value in given["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and held[name].dtype != value.dtype and name not in ("step", LIVE):
+                if not isinstance(value, Tensor) or name == LIVE:
+                    continue
+                if name == "step":  # torch leaves its type alone, and one of 8 bits stops counting at 256
+                    held[name] = held[name].to(counter_dtype(value))
+                elif held[name].dtype != value.dtype:
                     held[name] = value.to(held[name].device)
         if not self._evaluating:
             for parameter, live in waiting:

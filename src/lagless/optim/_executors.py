@@ -12,7 +12,7 @@ from lagless.execution import Noise, Row, apply_row, blocks, compiled, cut, flat
 from lagless.optim._average_step import AverageStep
 from lagless.optim._pull_statistics import PullStatistics
 from lagless.rules import ReadCoefficients, UpdateCoefficients
-from lagless.updates import PaceConstants, pulled_adamw
+from lagless.updates import PaceConstants, lerp, pulled_adamw
 
 Columns = list[list[Tensor]]
 
@@ -128,7 +128,7 @@ def _one_pass(
     target = average.to(wide)
     weights, new_m, new_v = pulled_adamw(theta.to(wide), grad.to(wide), m, v, target, k)
     rounded = weights.to(theta.dtype)
-    moved = target + k.average * (rounded.to(wide) - target)
+    moved = lerp(target, rounded.to(wide), k.average)
     average.copy_(_rounded_at_random(moved, step, first) if average.dtype == torch.bfloat16 else moved)
     theta.copy_(rounded)
     m.copy_(new_m)

@@ -6,9 +6,31 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _MOST_STEPS = 2**53  # beyond it, a float64 count no longer grows by one
+
+STATE_FORMAT = 1
+"""What a state's ``"format"`` says; one without is of a version that did not number them, and is read like format 1."""
+
+
+def with_format(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with the number of its format."""
+    return {**state, "format": STATE_FORMAT}
+
+
+def require_known_format(state: Mapping[str, Any]) -> None:
+    """Refuse a state of a format that this version does not know.
+
+    Raises:
+        ValueError: naming the format.
+    """
+    found = state.get("format", STATE_FORMAT)
+    if isinstance(found, bool) or found != STATE_FORMAT:
+        raise ValueError(
+            f"the optimizer's state has format {found!r}; this lagless reads {STATE_FORMAT}. Update lagless."
+        )
 
 
 def require_fitting(
@@ -34,6 +56,11 @@ def require_fitting(
             _refuse(parameter, key, f"of shape {tuple(value.shape)}", f"of shape {shape}")
     if step_key in state and not _is_count(state[step_key]):
         _refuse(parameter, step_key, f"{state[step_key]!r:.60}", f"a whole number in [0, {_MOST_STEPS}]")
+
+
+def counter_dtype(step: Tensor) -> torch.dtype:
+    """The type of a loaded step count: float32 or wider, since one in bfloat16 stops at 256 and in float16 at 2,048."""
+    return torch.promote_types(step.dtype, torch.float32)
 
 
 def _is_count(step: object) -> bool:

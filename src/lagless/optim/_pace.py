@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 
 from lagless._validation import Settings
-from lagless.execution import Noise, Row, block_size, counts, exact_dtype, fits_kernel, fits_pace_c, local, pace_step_c
+from lagless.execution import (
+    Noise,
+    PaceRow,
+    Row,
+    block_size,
+    counts,
+    exact_dtype,
+    fits_kernel,
+    fits_pace_c,
+    local,
+    pace_step_c,
+    without_autocast,
+)
 from lagless.optim._average_step import average_step, average_step_on_device, check_capturable
 from lagless.optim._averaged import AveragedOptimizer, average_keys, new_buffers
 from lagless.optim._executors import step_in_blocks, step_in_one_kernel, step_on_device
@@ -152,13 +164,14 @@ class PACE(AveragedOptimizer):
         for parameter in (p for parameters in due for p in parameters):
             if parameter.is_complex() or parameter.grad is None or parameter.grad.layout != torch.strided:
                 raise RuntimeError("PACE needs real parameters and dense gradients; use SparseAdam or view_as_real.")
-        for group, parameters in zip(self.param_groups, due, strict=True):
-            for parameter in parameters:
-                self._prepare(parameter, group)
-            if group["capturable"] and self._statistics is None:
-                self._step_on_device(group, parameters)
-            else:
-                self._step(group, parameters)
+        with without_autocast(p.device for p in self._parameters()):
+            for group, parameters in zip(self.param_groups, due, strict=True):
+                for parameter in parameters:
+                    self._prepare(parameter, group)
+                if group["capturable"] and self._statistics is None:
+                    self._step_on_device(group, parameters)
+                else:
+                    self._step(group, parameters)
         if self._statistics is not None:
             self._statistics.steps += 1
         return loss
@@ -186,7 +199,7 @@ class PACE(AveragedOptimizer):
         if state:
             return
         wide = torch.promote_types(parameter.dtype, torch.float32)
-        state["step"] = torch.zeros((), device=parameter.device if group["capturable"] else "cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if group["capturable"] else "cpu")
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros_like(parameter, dtype=wide, memory_format=torch.preserve_format)
         state.update(new_buffers(group["average"], parameter, group["average_dtype"]))
@@ -241,7 +254,7 @@ def _step_whole(rows: list[Row], k: PaceConstants, step: int) -> list[Row]:
     for row in rows:
         (whole if fits_pace_c(row) else large if fits_kernel(row) else others).append(row)
     if whole:
-        pace_step_c(whole, k)
+        pace_step_c([PaceRow(*row) for row in whole], k)
     if large:
         device = large[0][0].device
         constants = torch.tensor((*k, step), dtype=exact_dtype(device)).to(device, non_blocking=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lagless._validation import Settings
-from lagless.execution import Noise, Row, blocks, counts, local
+from lagless.execution import Noise, Row, blocks, counts, local, without_autocast
 from lagless.optim._average_step import AverageStep, average_step
 from lagless.optim._averaged import AveragedOptimizer, average_keys, new_buffers
 from lagless.optim._denominators import Denominator, denominator_of, is_plain
@@ -147,9 +147,10 @@ class Pullback(AveragedOptimizer):
         if any(p.is_complex() for parameters in due for p in parameters):
             raise RuntimeError("Pullback needs real parameters; optimize torch.view_as_real of complex ones.")
         before = [[p.detach().clone() for p in parameters] for parameters in due]
-        self.optimizer.step()
-        for group, parameters, starts in zip(self.param_groups, due, before, strict=True):
-            self._pull(group, parameters, starts)
+        with without_autocast(p.device for p in self._parameters()):
+            self.optimizer.step()
+            for group, parameters, starts in zip(self.param_groups, due, before, strict=True):
+                self._pull(group, parameters, starts)
         return loss
 
     def _pull(self, group: dict[str, Any], parameters: list[Tensor], before: list[Tensor]) -> None:

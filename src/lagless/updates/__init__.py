@@ -16,6 +16,7 @@ from lagless.updates._adam import (
     fed_moments as fed_moments,
     support_clip as support_clip,
 )
+from lagless.updates._lerp import lerp as lerp, lerp_square as lerp_square
 from lagless.updates._pace import (
     PaceConstants as PaceConstants,
     pace_constants as pace_constants,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lagless._validation import check_choice, check_number
+from lagless.updates._lerp import lerp
 from lagless.updates._spread import Spread, pair
 
 CrossFit = Literal["none", "split", "symmetric", "leave_one_out"]
@@ -217,7 +218,7 @@ def _second_moment(form: AdamForm, top: Group, below: Group) -> Tensor:
     if form.adaptive_alpha:
         norms = (torch.linalg.vector_norm(own) + 1e-12) * (torch.linalg.vector_norm(s) + 1e-12)
         alpha = alpha * ((own * s).sum() / norms).clamp(0.0, 1.0)
-    return own + alpha * (s - own)
+    return lerp(own, s, alpha)
 
 
 def _side(form: AdamForm, top: Group, below: Group, moments: Moments, weights: EmaWeights, eps: float) -> Folds:

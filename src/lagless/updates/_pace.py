@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lagless.updates._lerp import lerp, lerp_square
+
 
 class PaceConstants(NamedTuple):
     """The numbers of one step; floats, or tensors that broadcast against the weights.
@@ -80,7 +82,7 @@ def pulled_adamw(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of AdamW, pulled towards ``target``, coordinate by coordinate.
 
-        m_t = m + (1 - β₁)(g - m)        v_t = v + (1 - β₂)(g² - v)        D = (v_t/(1 - β₂^t))^½ + ε
+        m_t = β₁m + (1 - β₁)g        v_t = β₂v + (1 - β₂)g²        D = (v_t/(1 - β₂^t))^½ + ε
         θ_t = (1 - ηλ)θ - η m_t/((1 - β₁^t) D) + min(η c d_t/D, 1)(target - θ)
 
     The pull starts at the weights before the step. At gain 1 it puts the AdamW step on top of the target: it does not
@@ -102,8 +104,7 @@ def pulled_adamw(
         code: the pull is applied at every step, and v is bias-corrected.
     """
     grad = k.sign * grad
-    m = m + k.first * (grad - m)
-    v = v + k.second * (grad * grad - v)
+    m, v = lerp(m, grad, k.first), lerp_square(v, grad, k.second)
     inverse = k.correction / (v.sqrt() + k.correction * k.eps)  # 1/D by a single division of tensors
     gain = (k.pull * inverse).clamp(max=k.ceiling)
     return k.decay * theta - k.rate * (m * inverse) + gain * (target - theta), m, v

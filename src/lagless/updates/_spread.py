@@ -88,5 +88,5 @@ def skewed_nodes(mean: Tensor, variance: Tensor, third: Tensor, count: int) -> S
 
 def pair(first: Tensor, second: Tensor) -> Tensor:
     """``torch.stack([first, second])`` as an elementwise operation, which compilers fuse with others."""
-    place = torch.arange(2, device=first.device).view(2, *[1] * first.dim())
+    place = torch.arange(2, dtype=torch.int64, device=first.device).view(2, *[1] * first.dim())
     return torch.where(place == 0, first, second)

@@ -6,26 +6,26 @@
 
 #include <math.h>
 
+#include "moves.h"
 #include "parallel.h"
 
 enum { PLAIN, LEAVE_ONE_OUT, JACKKNIFE };
 
+/* Tensors of a parameter: the fields of AdamRow, in its order; SQUARES unless plain. */
+enum { WEIGHTS, GRADIENT, EXP_AVG, EXP_AVG_SQ, SQUARES, ROWS };
+
 #define STEP(NAME, REAL, SQRT)                                                                                  \
-    typedef struct {                                                                                            \
-        REAL decay, rate, eps, first, second, m_old, m_new, v_old, v_new; /* as lagless calls them */           \
-        REAL others, scale, largest; /* n - 1; of the sums, which become mean squares; of an update */          \
-    } NAME##_numbers;                                                                                           \
+    MOVES(NAME, REAL)                                                                                           \
+    typedef struct { /* the fields of AdamConstants, in its order */                                            \
+        REAL decay, rate, eps, first, second, m_old, m_new, v_old, v_new, others, scale, largest;               \
+    } NAME##_constants;                                                                                         \
     typedef struct {                                                                                            \
         int form;                                                                                               \
-        const NAME##_numbers *numbers;                                                                          \
+        const NAME##_constants *constants;                                                                      \
     } NAME##_given;                                                                                             \
-    static inline REAL NAME##_lerp(REAL from, REAL to, REAL gain) /* exact at gains of 0 and 1 */               \
-    {                                                                                                           \
-        return gain < (REAL)0.5 ? from + gain * (to - from) : to - (to - from) * (1 - gain);                    \
-    }                                                                                                           \
     static inline __attribute__((always_inline)) void NAME##_range(const int form, int64_t n,                   \
         REAL *restrict theta, const REAL *restrict grad, REAL *restrict m, REAL *restrict v,                    \
-        const REAL *restrict squares, const NAME##_numbers k)                                                   \
+        const REAL *restrict squares, const NAME##_constants k)                                                 \
     {                                                                                                           \
         for (int64_t i = 0; i < n; i++) {                                                                       \
             const REAL g = grad[i], old = k.m_old * m[i], kept = k.v_old * v[i];                                \
@@ -50,7 +50,7 @@ enum { PLAIN, LEAVE_ONE_OUT, JACKKNIFE };
             }                                                                                                   \
             update = update > k.largest ? k.largest : update < -k.largest ? -k.largest : update;                \
             m[i] = NAME##_lerp(m[i], g, k.first);                                                               \
-            v[i] = NAME##_lerp(v[i], g * g, k.second);                                                          \
+            v[i] = NAME##_lerp_square(v[i], g, k.second);                                                       \
             theta[i] = k.decay * theta[i] - k.rate * update;                                                    \
         }                                                                                                       \
     }                                                                                                           \
@@ -60,18 +60,18 @@ enum { PLAIN, LEAVE_ONE_OUT, JACKKNIFE };
         const NAME##_given *what = share->constants;                                                            \
         const int64_t at = share->begin, n = share->end - at;                                                   \
         REAL *const *row = (REAL *const *)share->addresses;                                                     \
-        REAL *theta = row[0] + at, *grad = row[1] + at, *m = row[2] + at, *v = row[3] + at;                     \
-        if (what->form == PLAIN) NAME##_range(PLAIN, n, theta, grad, m, v, NULL, *what->numbers);               \
+        REAL *theta = row[WEIGHTS] + at, *grad = row[GRADIENT] + at;                                            \
+        REAL *m = row[EXP_AVG] + at, *v = row[EXP_AVG_SQ] + at;                                                 \
+        if (what->form == PLAIN) NAME##_range(PLAIN, n, theta, grad, m, v, NULL, *what->constants);             \
         else if (what->form == LEAVE_ONE_OUT)                                                                   \
-            NAME##_range(LEAVE_ONE_OUT, n, theta, grad, m, v, row[4] + at, *what->numbers);                     \
-        else NAME##_range(JACKKNIFE, n, theta, grad, m, v, row[4] + at, *what->numbers);                        \
+            NAME##_range(LEAVE_ONE_OUT, n, theta, grad, m, v, row[SQUARES] + at, *what->constants);             \
+        else NAME##_range(JACKKNIFE, n, theta, grad, m, v, row[SQUARES] + at, *what->constants);                \
         return NULL;                                                                                            \
     }                                                                                                           \
-    /* addresses: weights, gradient, first and second moment and, unless plain, the microbatches' sum of squares */ \
-    void NAME(int form, const int64_t *size, char *const *addresses, const NAME##_numbers *numbers, size_t threads) \
+    void NAME(int form, const int64_t *size, char *const *addresses, const NAME##_constants *constants, size_t threads) \
     {                                                                                                           \
-        const NAME##_given given = {form, numbers};                                                             \
-        run_shares(NAME##_share, (Share){1, form == PLAIN ? 4 : 5, size, addresses, &given, 0, 0}, threads);    \
+        const NAME##_given given = {form, constants};                                                           \
+        run_shares(NAME##_share, (Share){1, form == PLAIN ? SQUARES : ROWS, size, addresses, &given, 0, 0}, threads); \
     }
 
 STEP(adam_float32, float, sqrtf)

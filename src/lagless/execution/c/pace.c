@@ -5,26 +5,31 @@
 
 #include <math.h>
 
+#include "moves.h"
 #include "parallel.h"
 
-enum { ROWS = 5 }; /* of a tensor: weights, gradient, first moment, second moment, average */
+/* Tensors of a parameter: the fields of PaceRow, in its order. */
+enum { WEIGHTS, GRADIENT, EXP_AVG, EXP_AVG_SQ, AVERAGE, ROWS };
 
 #define STEP(NAME, REAL, SQRT)                                                                                  \
+    MOVES(NAME, REAL)                                                                                           \
+    typedef struct { /* the fields of PaceConstants, in its order */                                            \
+        REAL sign, decay, first, second, correction, rate, eps, pull, ceiling, average;                         \
+    } NAME##_constants;                                                                                         \
     static void NAME##_range(int64_t n, REAL *restrict theta, const REAL *restrict grad, REAL *restrict m,      \
-        REAL *restrict v, REAL *restrict average, const REAL *k)                                                \
+        REAL *restrict v, REAL *restrict average, const NAME##_constants k)                                     \
     {                                                                                                           \
-        const REAL sign = k[0], decay = k[1], first = k[2], second = k[3], correction = k[4], rate = k[5];      \
-        const REAL eps = correction * k[6], pull = k[7], ceiling = k[8], weight = k[9];                         \
+        const REAL eps = k.correction * k.eps;                                                                  \
         for (int64_t i = 0; i < n; i++) {                                                                       \
-            const REAL g = sign * grad[i], before = theta[i], target = average[i];                              \
-            const REAL new_m = m[i] + first * (g - m[i]), new_v = v[i] + second * (g * g - v[i]);               \
-            const REAL inverse = correction / (SQRT(new_v) + eps), gain = pull * inverse;                       \
-            const REAL clamped = gain > ceiling ? ceiling : gain; /* NaN stays */                               \
-            const REAL after = decay * before - rate * (new_m * inverse) + clamped * (target - before);         \
+            const REAL g = k.sign * grad[i], before = theta[i], target = average[i];                            \
+            const REAL new_m = NAME##_lerp(m[i], g, k.first), new_v = NAME##_lerp_square(v[i], g, k.second);    \
+            const REAL inverse = k.correction / (SQRT(new_v) + eps), gain = k.pull * inverse;                   \
+            const REAL clamped = gain > k.ceiling ? k.ceiling : gain; /* NaN stays */                           \
+            const REAL after = k.decay * before - k.rate * (new_m * inverse) + clamped * (target - before);     \
             theta[i] = after;                                                                                   \
             m[i] = new_m;                                                                                       \
             v[i] = new_v;                                                                                       \
-            average[i] = weight == 0 ? target : target + weight * (after - target);                             \
+            average[i] = NAME##_lerp(target, after, k.average);                                                 \
         }                                                                                                       \
     }                                                                                                           \
     static void *NAME##_share(void *given)                                                                      \
@@ -34,13 +39,13 @@ enum { ROWS = 5 }; /* of a tensor: weights, gradient, first moment, second momen
         for (size_t t = 0; t < share->tensors && start < share->end; start += share->sizes[t++]) {              \
             REAL *const *rows = (REAL *const *)share->addresses + ROWS * t;                                     \
             if (in_share(share, start, share->sizes[t], &from, &to) > 0)                                        \
-                NAME##_range(to - from, rows[0] + from, rows[1] + from, rows[2] + from, rows[3] + from,         \
-                    rows[4] + from, share->constants);                                                          \
+                NAME##_range(to - from, rows[WEIGHTS] + from, rows[GRADIENT] + from, rows[EXP_AVG] + from,      \
+                    rows[EXP_AVG_SQ] + from, rows[AVERAGE] + from, *(const NAME##_constants *)share->constants); \
         }                                                                                                       \
         return NULL;                                                                                            \
     }                                                                                                           \
-    /* constants: PaceConstants */                                                                              \
-    void NAME(size_t tensors, const int64_t *sizes, char *const *addresses, const REAL *constants, size_t threads) \
+    void NAME(size_t tensors, const int64_t *sizes, char *const *addresses, const NAME##_constants *constants,  \
+        size_t threads)                                                                                         \
     {                                                                                                           \
         run_shares(NAME##_share, (Share){tensors, ROWS, sizes, addresses, constants, 0, 0}, threads);           \
     }

@@ -2,8 +2,6 @@
 
 from lagless.optim.bias_corrected._adamw import BiasCorrectedAdamW as BiasCorrectedAdamW
 from lagless.optim.bias_corrected._report import Correction as Correction
+from lagless.optim.bias_corrected._sampled_labels import sampled_label_loss as sampled_label_loss
 from lagless.optim.bias_corrected._shampoo import BiasCorrectedShampoo as BiasCorrectedShampoo
-from lagless.optim.bias_corrected._sophia import (
-    BiasCorrectedSophia as BiasCorrectedSophia,
-    sampled_label_loss as sampled_label_loss,
-)
+from lagless.optim.bias_corrected._sophia import BiasCorrectedSophia as BiasCorrectedSophia

@@ -10,9 +10,20 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lagless.execution import adam_step_c, compiled, fits_adam_c, fits_kernel, flat, local, on_device, sum_in_place
+from lagless.execution import (
+    AdamConstants,
+    AdamRow,
+    adam_step_c,
+    compiled,
+    fits_adam_c,
+    fits_kernel,
+    flat,
+    local,
+    on_device,
+)
+from lagless.optim.bias_corrected._adam_groups import Counts, groups_of_samples, groups_of_sums
+from lagless.optim.bias_corrected._collected import Collected, Weights
 from lagless.optim.bias_corrected._elements import move, pieces
-from lagless.optim.bias_corrected._microbatches import Collected, Weights, scale_of
 from lagless.optim.bias_corrected._report import CorrectionSums
 from lagless.optim.bias_corrected._sums import Power
 from lagless.updates import (
@@ -21,20 +32,15 @@ from lagless.updates import (
     Folds,
     Group,
     Moments,
-    Spread,
     adam_folds,
     fed_moments,
-    skewed_nodes,
     support_clip,
-    two_nodes,
 )
 
 PLAIN = AdamForm()
 
 Clips = tuple[float | None, float, float | None]
 """``support_clip``, ``support_eps`` and ``update_clip``."""
-Counts = tuple[int, tuple[int, int]]
-"""n, and how many microbatches belong to either half."""
 
 
 class Numbers(NamedTuple):
@@ -86,7 +92,7 @@ def adam_update(
     weights = None if found is None else found.weights
     fused = group["compile"] and not samples and sums is None
     if fused and clips[0] is None and fits_adam_c(form, row):
-        adam_step_c(form, row, _numbers_in_c(k, clips[2], found))
+        adam_step_c(form, AdamRow(*row), _constants(k, clips[2], found))
         increment_version(row[0])  # autograd notices changed weights only through the tensors it knows
         return
     if fused and fits_kernel(row):
@@ -104,19 +110,28 @@ def adam_update(
     for live, grad, m, v, *rest in pieces(*row, *samples, whole=whole):
         mean = grad.to(m.dtype)
         if found is not None and samples:
-            groups = _groups_of_samples(form, mean, torch.stack(rest), found)
+            groups = groups_of_samples(form, mean, torch.stack(rest), found)
         else:
-            groups = _groups_of_sums(form, mean, powers, counts, weights, ratio, rest)
+            groups = groups_of_sums(form, mean, powers, counts, weights, ratio, rest)
         _step(form, clips, k, groups, live, mean, m, v, sums if found is not None else None)
 
 
-def _numbers_in_c(k: Numbers, largest: float | None, found: Collected | None) -> tuple[float, ...]:
+def _constants(k: Numbers, largest: float | None, found: Collected | None) -> AdamConstants:
     """What :func:`adam_step_c` takes."""
-    others, scale = 1.0, 0.0
-    if found is not None:
-        others, scale = found.count - 1.0, float(found.ratio) ** 2 / found.weights.total
-    ema = (k.first, k.second, k.m_old, k.m_new, k.v_old, k.v_new)
-    return (1.0 - k.lr * k.weight_decay, k.lr, k.eps, *ema, others, scale, math.inf if largest is None else largest)
+    return AdamConstants(
+        decay=1.0 - k.lr * k.weight_decay,
+        rate=k.lr,
+        eps=k.eps,
+        first=k.first,
+        second=k.second,
+        m_old=k.m_old,
+        m_new=k.m_new,
+        v_old=k.v_old,
+        v_new=k.v_new,
+        others=1.0 if found is None else found.count - 1.0,
+        scale=0.0 if found is None else float(found.ratio) ** 2 / found.weights.total,
+        largest=math.inf if largest is None else largest,
+    )
 
 
 def _one_pass(
@@ -137,7 +152,7 @@ def _one_pass(
     weights = None if counts is None else Weights(counts[0], *counts[1])
     if unequal is not None:
         weights = Weights(*unequal.unbind())
-    groups = _groups_of_sums(form, mean, powers, counts, weights, ratio, totals)
+    groups = groups_of_sums(form, mean, powers, counts, weights, ratio, totals)
     _step(form, clips, Numbers(*numbers.unbind()), groups, live, mean, m, v, None)
 
 
@@ -165,56 +180,6 @@ def _step(
     m.lerp_(fed.m, k.first)
     v.lerp_(fed.v, k.second)
     move(live, update, k.lr, k.weight_decay)
-
-
-def _groups_of_samples(form: AdamForm, mean: Tensor, samples: Tensor, found: Collected) -> list[Group]:
-    """What an update is made of, from ḡ and the microbatch gradients of this process."""
-    shares = None if found.shares is None else torch.tensor(found.shares, dtype=samples.dtype, device=samples.device)
-    if form.cross_fit == "leave_one_out":
-        column = None if shares is None else shares.view(-1, *[1] * mean.dim())
-        total = None if found.group is None else sum_in_place(found.group)
-        processes = 1 if found.group is None else found.group.size()
-        return [Group(mean, Spread(samples, found.count, None, total, processes, column))]
-    if form.cross_fit == "none":
-        return [Group.of(samples, shares)]
-    return [Group.of(samples[half::2], None if shares is None else shares[half::2]) for half in (0, 1)]
-
-
-def _groups_of_sums(
-    form: AdamForm,
-    mean: Tensor,
-    keys: Sequence[Power],
-    counts: Counts | None,
-    weights: Weights | None,
-    ratio: Tensor | None,
-    totals: Sequence[Tensor],
-) -> list[Group]:
-    """What an update is made of, from ḡ and sums of powers; of ḡ alone without ``counts``."""
-    if counts is None or weights is None or ratio is None:
-        return [Group(mean)]
-    n, (n_a, n_b) = counts
-    powers = {key: total * scale_of(key, ratio, weights) for key, total in zip(keys, totals, strict=True)}
-    if form.cross_fit == "leave_one_out":
-        square = powers[Power(2)]
-        variance = square - mean * mean
-        if Power(3) not in powers:
-            return [Group(mean, two_nodes(mean, variance, n))]
-        third = (powers[Power(3)] - mean * (3.0 * square - 2.0 * mean * mean)) * weights.third
-        return [Group(mean, skewed_nodes(mean, variance, third, n))]
-
-    def squares(half: int | None, count: int) -> Spread | None:
-        if Power(2, half) not in powers or not count:
-            return None
-        square = powers[Power(2, half)]
-        if Power(4, half) not in powers:
-            return Spread(square[None], count)
-        return two_nodes(square, powers[Power(4, half)] - square * square, count)
-
-    if form.cross_fit == "none":
-        return [Group(mean, None, squares(None, n))]
-    a = powers[Power(1, 0)]
-    b = (weights.total * mean - weights.first * a) / weights.second
-    return [Group(a, None, squares(0, n_a)), Group(b, None, squares(1, n_b))]
 
 
 def _dispersion(folds: Folds, eps: float) -> Tensor | None:

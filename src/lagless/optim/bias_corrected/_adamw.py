@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from lagless._validation import Settings
-from lagless.optim._settings import require_learning_rate
-from lagless.optim.bias_corrected._adam_step import PLAIN, adam_state, adam_update
-from lagless.optim.bias_corrected._base import STANDARD, BiasCorrected, tensors_of
-from lagless.optim.bias_corrected._microbatches import Collected
-from lagless.optim.bias_corrected._report import CorrectionSums
-from lagless.optim.bias_corrected._sums import Power, PowerSums, Sums
-from lagless.updates import DERIVED, REFERENCE, AdamForm, CrossFit, InverseCorrection
+from lagless._deprecated import former_argument
+from lagless.optim.bias_corrected._adamw_method import AdamWMethod
+from lagless.optim.bias_corrected._base import BiasCorrected
+from lagless.optim.bias_corrected._exclusion import EXCLUDED
+from lagless.updates import CrossFit, InverseCorrection
 
 
 class BiasCorrectedAdamW(BiasCorrected):
@@ -33,7 +28,7 @@ class BiasCorrectedAdamW(BiasCorrected):
     ``p.grad`` as usual. One forward and backward pass per microbatch, whatever the setting.
 
     Args:
-        params: parameters, groups, or better ``model.named_parameters()``, see ``standard``.
+        params: parameters, groups, or better ``model.named_parameters()``, see ``exclude``.
         lr: learning rate ≥ 0.
         betas: β₁ and β₂ in [0, 1).
         eps: ε ≥ 0, outside the root.
@@ -59,7 +54,7 @@ class BiasCorrectedAdamW(BiasCorrected):
             nothing is corrected; other forms, and elsewhere, large tensors by a kernel of ``torch.compile``, and their
             microbatches are added to several sums by one. Steps that are recorded, and those with ``folds="exact"``, go
             block by block.
-        standard: parts of names of parameters to step with plain AdamW: rows of an embedding that no microbatch but
+        exclude: parts of names of parameters to step with plain AdamW: rows of an embedding that no microbatch but
             one has seen get no preconditioner from the others. Needs names; says what it found. () for none.
         report_freq: every how many steps to record for :meth:`correction_report`; 0 for never.
         process_group: data-parallel processes, all of whose microbatches are folds; None for the default group.
@@ -81,16 +76,9 @@ class BiasCorrectedAdamW(BiasCorrected):
     'leave_one_out'
     """
 
-    _plain: ClassVar[dict[str, Any]] = {
-        "cross_fit": "none",
-        "inverse_correction": "none",
-        "folds": "moments",
-        "support_clip": None,
-        "alpha": 1.0,
-        "adaptive_alpha": False,
-        "warm_start": 0,
-    }
+    _method_type = AdamWMethod
 
+    @former_argument("standard", "exclude")
     def __init__(
         self,
         params: Any,
@@ -110,7 +98,7 @@ class BiasCorrectedAdamW(BiasCorrected):
         adaptive_alpha: bool = False,
         constants: Literal["derived", "reference"] = "derived",
         compile: bool = False,
-        standard: Sequence[str] = STANDARD,
+        exclude: Sequence[str] = EXCLUDED,
         report_freq: int = 100,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -131,74 +119,4 @@ class BiasCorrectedAdamW(BiasCorrected):
             "constants": constants,
             "compile": compile,
         }
-        super().__init__(params, defaults, standard=standard, report_freq=report_freq, process_group=process_group)
-
-    def _check(self, group: dict[str, Any]) -> None:
-        check = Settings(self, group)
-        require_learning_rate(self, group["lr"])
-        check.decays("betas")
-        check.numbers("eps", "weight_decay", "support_eps", minimum=0.0)
-        check.numbers("update_clip", "support_clip", above=0.0, optional=True)
-        check.choice("constants", ("derived", "reference"))
-        check.flags("compile", "adaptive_alpha")
-        form = form_of(group)
-        if group["warm_start"] is None:
-            group["warm_start"] = round(1.0 / (1.0 - group["betas"][1])) if form.cross_fit != "none" else 0
-        check.integers("warm_start", minimum=0)
-        left_out, shared = form.cross_fit == "leave_one_out", form.cross_fit in ("none", "split")
-        choices = ("moments", "skewed", "exact") if left_out else ("moments", "exact")
-        check.that("folds", group["folds"] in choices, f"one of {choices} for {form.cross_fit!r}")
-        together = left_out or self._microbatches.group is None
-        exact = group["folds"] == "exact"
-        check.that("folds", together or not exact, "'moments' in data parallel, unless for leave_one_out")
-        whole = not any(isinstance(p, DTensor) for p in tensors_of(group))
-        check.that("adaptive_alpha", whole or not group["adaptive_alpha"], "False for sharded parameters")
-        unset = group["support_clip"] is None
-        check.that("support_clip", unset or shared, "None unless cross_fit is 'none' or 'split'")
-
-    def _needs(self, group: dict[str, Any], parameter: Tensor) -> tuple[Sums | None, bool]:
-        form = form_of(group)
-        if not self._corrects(group):
-            return None, False
-        exact, powers = group["folds"] == "exact", powers_of(form, group["folds"] == "skewed")
-        return None if exact else PowerSums(powers, group["compile"]), exact
-
-    def _update(self, group: dict[str, Any], collected: dict[Tensor, Collected], sums: CorrectionSums | None) -> None:
-        form = form_of(group)
-        for p in group["params"]:
-            if p.grad is not None:
-                self._update_one(group, form, p, collected.get(p), sums)
-
-    def _update_one(
-        self, group: dict[str, Any], form: AdamForm, p: Tensor, found: Collected | None, sums: CorrectionSums | None
-    ) -> None:
-        state = adam_state(self.state[p], p)
-        state["step"] += 1
-        step = int(state["step"])
-        halved = form.cross_fit in ("split", "symmetric")
-        if step <= group["warm_start"] or found is None or found.count < 2 or (halved and not all(found.reached)):
-            form, found = PLAIN, None
-        adam_update(group, form, step, p, state, found, sums)
-
-
-def form_of(group: dict[str, Any]) -> AdamForm:
-    """The update that a parameter group's hyperparameters describe."""
-    return AdamForm(
-        group["cross_fit"],
-        group["inverse_correction"],
-        group["alpha"],
-        group["adaptive_alpha"],
-        {"derived": DERIVED, "reference": REFERENCE}[group["constants"]],
-    )
-
-
-def powers_of(form: AdamForm, skewed: bool = False) -> tuple[Power, ...]:
-    """The sums that an update needs besides p.grad."""
-    corrected = form.inverse_correction != "none"
-    if form.cross_fit == "leave_one_out":
-        return (Power(2), Power(3)) if skewed else (Power(2),)
-    if form.cross_fit == "none":
-        return (Power(2), Power(4)) if corrected else ()
-    halves = (1,) if form.cross_fit == "split" else (0, 1)
-    squares = [Power(exponent, half) for half in halves for exponent in ((2, 4) if corrected else (2,))]
-    return (Power(1, 0), *squares)
+        super().__init__(params, defaults, exclude=exclude, report_freq=report_freq, process_group=process_group)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lagless._validation import require_integer
 
 
 @dataclass(frozen=True)
@@ -64,3 +67,42 @@ class CorrectionSums:
             cosine=us / math.sqrt(uu * ss) if uu and ss else math.nan,
             dispersion=spread / self._counted if self._counted else math.nan,
         )
+
+
+class CorrectionRecorder:
+    """What corrections did, by parameter group, from the latest step that was recorded.
+
+    Args:
+        report_freq: steps between records; 0 for none.
+    """
+
+    def __init__(self, report_freq: int) -> None:
+        self.report_freq = require_integer("report_freq", report_freq, minimum=0)
+        self._sums: dict[int, CorrectionSums] = {}
+
+    def begin(self, index: int, step: int, wanted: Callable[[int, int | None, int], bool]) -> CorrectionSums | None:
+        """Return sums for a step of a corrected group, or None if it is not to be recorded.
+
+        Args:
+            index: of the group.
+            step: 1-based.
+            wanted: whether to record a step, given the step, the latest recorded one, and ``report_freq``.
+        """
+        former = self._sums.get(index)
+        if not self.report_freq or not wanted(step, None if former is None else former.step, self.report_freq):
+            return None
+        self._sums[index] = CorrectionSums(step)
+        return self._sums[index]
+
+    def report(self, groups: Sequence[dict[str, Any]]) -> list[Correction]:
+        """Return one record per group that has one.
+
+        Raises:
+            RuntimeError: if none was recorded yet.
+        """
+        if not self._sums:
+            raise RuntimeError(
+                f"no step has been recorded; report_freq={self.report_freq}: every so many steps of a corrected group "
+                "are, from its first corrected one on."
+            )
+        return [self._sums[i].result(i, group) for i, group in enumerate(groups) if i in self._sums]
