@@ -161,12 +161,15 @@ class Averager:
 
         Raises:
             RuntimeError: if it is attached already.
-            TypeError: if this is no ``torch.optim.Optimizer``.
+            TypeError: if this is no ``torch.optim.Optimizer``, or one whose ``step()`` runs no hooks.
         """
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError("the Averager is attached to an optimizer already, and every step would count twice.")
         self._attachment = Attachment(
-            optimizer, before=lambda: self._refuse_while_applied("step the optimizer"), after=self.update
+            optimizer,
+            before=lambda: self._refuse_while_applied("step the optimizer"),
+            after=self.update,
+            averaged=self._live.named(),
         )
         return self._attachment
 

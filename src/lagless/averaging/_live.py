@@ -85,6 +85,11 @@ class LiveTensors:
             )
         self.shardings = [Sharding.of(place.get()) for place in self._places]
 
+    def named(self) -> dict[str, Tensor]:
+        """Return the tensors themselves as they are now, by name: with their gradients, and not split into shards."""
+        self._reshard()
+        return {name: place.get() for name, place in zip(self.names, self._places, strict=True)}
+
     def tensors(self) -> list[Tensor]:
         """The tensors as they are now on this rank, detached, in the order of ``names``.
 
