@@ -424,3 +424,46 @@ def test_an_average_that_is_in_the_model_is_evaluated_by_hand(hf, tmp_path):
         metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(average) and "eval_ema_loss" not in metrics
     assert callback.averager.applied_name is None
+
+
+class KeepsMetricsApart(Trainer):
+    """Collects metrics beside the loop and adds them to whatever is logged next, under the live model's names."""
+
+    def evaluate(self, *args, **kwargs):
+        return super().evaluate(*args, **kwargs) | {"eval_own": 1.0}
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        loss, logits, labels = super().prediction_step(model, inputs, False, *args[1:], **kwargs)
+        self.collected = getattr(self, "collected", []) + [float(loss)]
+        return loss, None, None
+
+    def log(self, logs, *args, **kwargs):
+        if collected := self.__dict__.pop("collected", None):
+            logs |= {"eval_mean": sum(collected) / len(collected), "plain": len(collected)}
+        super().log(logs, *args, **kwargs)
+
+
+def test_what_a_trainer_adds_to_an_averages_log_entry_gets_its_prefix(hf, tmp_path):
+    seen = []
+
+    class Watching(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    watching = Watching()
+    trainer = hf.trainer(tmp_path, [watching, AveragingCallback(RULES)], kind=KeepsMetricsApart, **EVALUATING)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert "on_log" not in vars(trainer.callback_handler)
+    for name in RULES:
+        entries = [entry for entry in trainer.state.log_history if f"eval_{name}_loss" in entry]
+        heard = [entry for entry in seen if f"eval_{name}_loss" in entry]
+        assert len(entries) == len(heard) > 1
+        for entry in entries + heard:
+            others = [key for key in entry if not key.startswith(f"eval_{name}_")]
+            assert set(others) <= {"epoch", "step", "num_input_tokens_seen"}
+            assert entry[f"eval_{name}_plain"] > 0
+            assert entry[f"eval_{name}_mean"] == pytest.approx(entry[f"eval_{name}_loss"], rel=0.1)
+    live = [entry for entry in trainer.state.log_history if "eval_mean" in entry]
+    assert live and all("eval_loss" in entry and "plain" in entry for entry in live)
+    assert metrics["eval_own"] == 1.0

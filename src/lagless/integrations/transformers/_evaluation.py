@@ -64,8 +64,7 @@ def evaluate_averages(
         count = output.num_samples or 0
         size = trainer.args.eval_batch_size * trainer.args.world_size
         metrics |= speed_metrics(prefix, began, num_samples=count, num_steps=math.ceil(count / size))
-        trainer.log(dict(metrics))  # to which it adds what is no metric
-        merged |= metrics
+        merged |= metrics | _log(trainer, metrics, prefix, metric_key_prefix)
     _close_bar(trainer)
     return merged
 
@@ -124,3 +123,39 @@ def _take_metrics_aside(trainer: Trainer) -> dict[str, float]:
     lists = {key: [value for value in values if not math.isnan(value)] for key, values in collected["eval"].items()}
     collected["eval"].clear()
     return {key: sum(values) / len(values) for key, values in lists.items() if values}
+
+
+_NOT_METRICS = ("epoch", "step", "num_input_tokens_seen")
+"""What Trainer.log adds to every entry."""
+
+
+def _log(trainer: Trainer, metrics: Mapping[str, float], prefix: str, live_prefix: str) -> dict[str, float]:
+    """Log an average's metrics, and give the average's prefix to whatever else the trainer puts into the entry.
+
+    Trainers that collect metrics beside the loop add them in ``log``, under the live model's names.
+
+    Returns:
+        What the trainer added, under the names that it got.
+    """
+    handler, history, before = trainer.callback_handler, trainer.state.log_history, len(trainer.state.log_history)
+    on_log, added = handler.on_log, {}
+
+    def rename(entry: dict[str, Any]) -> None:
+        for key in [key for key in entry if key not in _NOT_METRICS and not key.startswith(f"{prefix}_")]:
+            own = f"{prefix}_{key.removeprefix(f'{live_prefix}_')}"
+            value = entry.pop(key)
+            if own not in entry:
+                entry[own] = added[own] = value
+
+    def renamed(args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> Any:
+        rename(logs)
+        return on_log(args, state, control, logs, **kwargs)
+
+    handler.on_log = renamed  # all callbacks hear of it here, whichever comes first
+    try:
+        trainer.log(dict(metrics))
+    finally:
+        del handler.on_log
+    for entry in history[before:]:
+        rename(entry)
+    return added
