@@ -26,7 +26,7 @@ from lagless.rules import Rule
 
 CHUNK = 8 << 20
 GRID: dict[str, Rule] = {
-    f"ema{power}-bias{bias}": BEMA(ema_power=power, bias_power=bias, update_freq=100)
+    f"ema{power}-bias{bias}": BEMA.paper(ema_power=power, bias_power=bias, update_freq=100)
     for power in (0.1, 0.2, 0.3, 0.4, 0.5)
     for bias in (0.1, 0.2, 0.3, 0.4, 0.5)
 }

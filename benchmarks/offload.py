@@ -85,7 +85,7 @@ def main() -> None:
 
 def time_steps(training: Training, device: torch.device, rounds: int) -> dict[str, float]:
     """Median seconds of a step without averages, of one with them, and of an update alone."""
-    averager = Averager(training.model, BEMA(update_freq=1), device="cpu")
+    averager = Averager(training.model, BEMA.paper(update_freq=1), device="cpu")
     synchronize = torch.get_device_module(device).synchronize
 
     def group(averaged: bool) -> float:
@@ -120,8 +120,8 @@ def tiny_run(dtype: torch.dtype) -> None:
     device = torch.device("cpu")
     training = Training(TINY, 256, dtype, device, 2, 16)
     time_steps(training, device, rounds=1)
-    offloaded = Averager(training.model, BEMA(update_freq=1), device="cpu")
-    plain = Averager(training.model, BEMA(update_freq=1))
+    offloaded = Averager(training.model, BEMA.paper(update_freq=1), device="cpu")
+    plain = Averager(training.model, BEMA.paper(update_freq=1))
     offloaded.attach(training.optimizer)
     for _ in range(5):
         training.step()

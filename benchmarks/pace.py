@@ -47,7 +47,7 @@ def main() -> None:
         "PACE, compiled": PACE(parameters, compile=True).step,
     }
     if on_cpu:
-        candidates["PACE towards BEMA"] = PACE(parameters, average=BEMA(update_freq=1)).step
+        candidates["PACE towards BEMA"] = PACE(parameters, average=BEMA.paper(update_freq=1)).step
     else:
         candidates = {name: synchronised(call) for name, call in candidates.items()}
     seconds = measure(candidates, arguments.repeats)

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from lagless import BEMA, EMA, Averager
 from lagless.integrations.transformers import AveragingCallback
 
-RULES = {"bema": BEMA(update_freq=10), "ema": EMA(decay=0.99, update_freq=10)}
+RULES = {"bema": BEMA.paper(update_freq=10), "ema": EMA(decay=0.99, update_freq=10)}
 LENGTH, BATCH, EVALUATED = 128, 8, 64
 
 

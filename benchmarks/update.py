@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lagless import BEMA, EMA, Averager
 
-FOUR = {f"rule{i}": BEMA(ema_power=power, update_freq=1) for i, power in enumerate((0.2, 0.3, 0.4, 0.5))}
+FOUR = {f"rule{i}": BEMA.paper(ema_power=power, update_freq=1) for i, power in enumerate((0.2, 0.3, 0.4, 0.5))}
 
 
 def main() -> None:
@@ -28,13 +28,15 @@ def main() -> None:
     model = GPT2LMHeadModel(GPT2Config()).to(arguments.device)
     parameters = [p.detach() for p in model.parameters()]
     size = sum(p.numel() * p.element_size() for p in parameters)
-    memory = {name: copies(model, rule, size) for name, rule in {"ema": EMA(), "bema": BEMA(update_freq=1)}.items()}
+    memory = {
+        name: copies(model, rule, size) for name, rule in {"ema": EMA(), "bema": BEMA.paper(update_freq=1)}.items()
+    }
 
     buffer = [p.clone() for p in parameters]
     candidates = {
         "torch._foreach_lerp_": lambda: torch._foreach_lerp_(buffer, parameters, 1e-3),
         "lagless, EMA": Averager(model, EMA()).update,
-        "lagless, BEMA": Averager(model, BEMA(update_freq=1)).update,
+        "lagless, BEMA": Averager(model, BEMA.paper(update_freq=1)).update,
         "lagless, four BEMA rules": Averager(model, FOUR).update,
         "torch AveragedModel": torch_averaged_model(model),
         "ema-pytorch, foreach": ema_pytorch(model),

@@ -23,7 +23,7 @@ from lagless import BEMA, EMA, Averager
 
 WORDS, LENGTH = 32, 24
 # For short runs; docs/choose.md says more.
-RULES = {"ema": EMA(half_life_fraction=0.05), "bema": BEMA(ema_power=0.65, bias_power=0.4, update_freq=1)}
+RULES = {"ema": EMA(half_life_fraction=0.05), "bema": BEMA.paper(ema_power=0.65, bias_power=0.4, update_freq=1)}
 
 
 def sequences(chain: Tensor, count: int, generator: torch.Generator) -> Tensor:

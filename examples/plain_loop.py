@@ -17,7 +17,7 @@ from lagless import BEMA, EMA, Averager
 
 NOISE = 0.5
 # For short runs; docs/choose.md says more.
-RULES = {"ema": EMA(half_life_fraction=0.05), "bema": BEMA(ema_power=0.65, bias_power=0.4, update_freq=1)}
+RULES = {"ema": EMA(half_life_fraction=0.05), "bema": BEMA.paper(ema_power=0.65, bias_power=0.4, update_freq=1)}
 
 
 class SignMomentum(torch.optim.Optimizer):

@@ -14,7 +14,7 @@ def keys(text):
 
 def test_methods_in_use_are_cited_once():
     averager = lagless.Averager(
-        {"w": torch.ones(1)}, {"a": lagless.BEMA(), "b": lagless.DEMA(), "c": lagless.PowerEMA()}
+        {"w": torch.ones(1)}, {"a": lagless.BEMA.paper(), "b": lagless.DEMA.paper(), "c": lagless.PowerEMA()}
     )
     assert keys(lagless.citation(averager, PACE)) == [
         "lagless",

@@ -36,7 +36,7 @@ def lagless(monkeypatch, *arguments):
 def test_average_writes_the_average(run, tmp_path, monkeypatch, capsys):
     folder, walk = run
     assert lagless(monkeypatch, "average", folder, "-o", tmp_path / "out", "--rule", "bema", "--bias-power", "0.4") == 0
-    weights = torch.tensor(trajectory_weights(BEMA(update_freq=100, bias_power=0.4), [0, 100, 200, 300]))
+    weights = torch.tensor(trajectory_weights(BEMA.paper(update_freq=100, bias_power=0.4), [0, 100, 200, 300]))
     stored = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")["w"]
     torch.testing.assert_close(stored, (weights @ walk.double()).float(), rtol=0, atol=1e-6)
     record = json.loads((tmp_path / "out" / "lagless.json").read_text())

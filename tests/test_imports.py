@@ -33,7 +33,9 @@ def test_averaging_loads_its_own_rooms_only(code):
 
 
 def test_import_alone_loads_no_torch():
-    assert "torch" not in loaded("import lagless; lagless.BEMA(); lagless.trajectory_weights(lagless.EMA(), range(9))")
+    assert "torch" not in loaded(
+        "import lagless; lagless.BEMA.paper(); lagless.trajectory_weights(lagless.EMA(), range(9))"
+    )
 
 
 def test_files_load_checkpoints_when_asked_for(tmp_path):

@@ -51,7 +51,7 @@ def _rule(method: str, kappa: float, eta: float | None, phi: int) -> Rule:
     if method == "ema":
         return EMA(ema_power=kappa, lag=LAG, update_freq=phi)
     if method == "dema":
-        return DEMA(ema_power=kappa, lag=LAG, update_freq=phi)
+        return DEMA.paper(ema_power=kappa, lag=LAG, update_freq=phi)
     return {"bema": BEMA, "ouema": OUEMA}[method](ema_power=kappa, bias_power=eta, lag=LAG, update_freq=phi)
 
 

@@ -1,7 +1,7 @@
 """Train for the model you return: averaged weights without the lag.
 
 >>> from lagless import BEMA, trajectory_weights
->>> w = trajectory_weights(BEMA(update_freq=10), range(0, 101, 10))
+>>> w = trajectory_weights(BEMA.paper(update_freq=10), range(0, 101, 10))
 >>> round(float(w.sum()), 12)
 1.0
 """
@@ -17,14 +17,17 @@ from lagless.rules import (
     EMA as EMA,
     OUEMA as OUEMA,
     Anchor as Anchor,
+    DecayAverage as DecayAverage,
     PowerEMA as PowerEMA,
     Reconstruction as Reconstruction,
     Rule as Rule,
     UniformAverage as UniformAverage,
+    WarmupAverage as WarmupAverage,
     WindowAverage as WindowAverage,
     anchor as anchor,
     count_updates as count_updates,
     effective_iterates as effective_iterates,
+    equivalent_schedule as equivalent_schedule,
     mean_age as mean_age,
     reconstruct as reconstruct,
     trajectory_weights as trajectory_weights,

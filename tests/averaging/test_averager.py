@@ -39,10 +39,10 @@ def same(a, b):
 def test_many_rules_in_one_pass_equal_each_alone():
     rules = {
         "ema": EMA(decay=0.9),
-        "bema": BEMA(update_freq=3),
+        "bema": BEMA.paper(update_freq=3),
         "same_ema": EMA(update_freq=3),
-        "ouema": OUEMA(update_freq=2),
-        "dema": DEMA(update_freq=3),
+        "ouema": OUEMA.paper(update_freq=2),
+        "dema": DEMA.paper(update_freq=3),
         "window": WindowAverage(window=2, update_freq=2),
         "mean": UniformAverage(update_after=4),
     }
@@ -71,13 +71,13 @@ def stored_copies(averager, numel):
     "rules, copies",
     [
         (EMA(), 1),
-        (BEMA(), 2),
-        (DEMA(), 2),
-        (OUEMA(), 2),
+        (BEMA.paper(), 2),
+        (DEMA.paper(), 2),
+        (OUEMA.paper(), 2),
         (WindowAverage(window=4), 4),
-        ({"a": BEMA(update_freq=1), "b": EMA()}, 2),
-        ({"a": BEMA(), "b": BEMA(bias_power=0.4), "c": DEMA(), "d": BEMA(form="trl")}, 3),
-        ({"a": BEMA(update_freq=1), "b": BEMA(update_freq=2), "c": OUEMA(update_freq=3)}, 4),
+        ({"a": BEMA.paper(update_freq=1), "b": EMA()}, 2),
+        ({"a": BEMA.paper(), "b": BEMA.paper(bias_power=0.4), "c": DEMA.paper(), "d": BEMA.paper(form="trl")}, 3),
+        ({"a": BEMA.paper(update_freq=1), "b": BEMA.paper(update_freq=2), "c": OUEMA.paper(update_freq=3)}, 4),
     ],
     ids=str,
 )
@@ -88,7 +88,7 @@ def test_buffers_are_shared(rules, copies):
 
 def test_shared_or_not_the_averages_are_the_same_bits():
     weights = {"w": torch.randn(100)}
-    both = Averager(weights, {"bema": BEMA(update_freq=2, bias_power=float("inf")), "ema": EMA(update_freq=2)})
+    both = Averager(weights, {"bema": BEMA.paper(update_freq=2, bias_power=float("inf")), "ema": EMA(update_freq=2)})
     for step in range(1, 7):
         walk(weights.values(), step)
         both.update()
@@ -153,7 +153,7 @@ def test_parameters_moved_by_module_to_are_followed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_applied_returns_the_exact_bits(dtype):
     net = model(dtype)
-    averager = Averager(net, BEMA(update_freq=2))
+    averager = Averager(net, BEMA.paper(update_freq=2))
     for step in range(1, 6):
         walk(net.parameters(), step)
         averager.update()
@@ -171,7 +171,7 @@ def test_applied_returns_the_exact_bits(dtype):
 
 def test_refusals_while_applied():
     net = model()
-    averager = Averager(net, {"ema": EMA(), "bema": BEMA(update_freq=1)})
+    averager = Averager(net, {"ema": EMA(), "bema": BEMA.paper(update_freq=1)})
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     averager.update()
     averager.attach(optimizer)
@@ -190,7 +190,7 @@ def test_refusals_while_applied():
 
 
 def test_no_average_before_the_first_update():
-    averager = Averager({"w": torch.zeros(2)}, BEMA(update_after=2, update_freq=3))
+    averager = Averager({"w": torch.zeros(2)}, BEMA.paper(update_after=2, update_freq=3))
     for _ in range(4):
         with pytest.raises(
             RuntimeError, match=r"'bema' has had no update in \d steps \(update_after=2, update_freq=3\)"
@@ -206,7 +206,7 @@ def test_no_average_before_the_first_update():
 
 def test_run_shorter_than_the_first_update_is_refused_at_once():
     with pytest.raises(ValueError, match="BEMA: update_after=0, update_freq=400 give no update up to step 50"):
-        Averager({"w": torch.zeros(2)}, BEMA(), total_steps=50)
+        Averager({"w": torch.zeros(2)}, BEMA.paper(), total_steps=50)
 
 
 @pytest.mark.parametrize(
@@ -308,8 +308,8 @@ def test_device_argument_and_read_dtype():
 
 
 def test_repr_names_the_rules():
-    averager = Averager({"w": torch.ones(2)}, BEMA(update_freq=2))
-    assert "bema: BEMA(ema_power=0.5" in repr(averager) and "0 updates" in repr(averager)
+    averager = Averager({"w": torch.ones(2)}, BEMA.paper(update_freq=2))
+    assert "bema: BEMA.paper(ema_power=0.5" in repr(averager) and "0 updates" in repr(averager)
 
 
 def test_training_is_bitwise_unchanged_by_averaging_and_evaluating():
@@ -317,7 +317,7 @@ def test_training_is_bitwise_unchanged_by_averaging_and_evaluating():
         torch.manual_seed(1)
         net = model()
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
-        averager = Averager(net, {"bema": BEMA(update_freq=2), "ema": EMA()}) if averaged else None
+        averager = Averager(net, {"bema": BEMA.paper(update_freq=2), "ema": EMA()}) if averaged else None
         if averager:
             averager.attach(optimizer)
         for step in range(12):
@@ -449,7 +449,7 @@ def zeros(module):
 def test_buffers_are_the_live_models():
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     net.register_buffer("mask", torch.tensor([0.0, -math.inf]))
-    averager = Averager(net, BEMA(update_freq=1))
+    averager = Averager(net, BEMA.paper(update_freq=1))
     averager.update()
     assert set(averager.read()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
@@ -510,7 +510,7 @@ def test_attach_looks_into_accelerates_optimizer():
 
 
 def test_device_argument_is_where_averages_live():
-    tensors = Averager({"w": torch.ones(2)}, BEMA(update_freq=1), device="meta").state_dict()["tensors"]
+    tensors = Averager({"w": torch.ones(2)}, BEMA.paper(update_freq=1), device="meta").state_dict()["tensors"]
     assert [t.device.type for t in tensors.values()] == ["meta", "meta"]
 
 
@@ -522,7 +522,7 @@ def test_mixed_kinds_and_layouts():
         "half": torch.randn(5).half(),
     }
     start = {name: t.detach().clone() for name, t in weights.items()}
-    averager = Averager(weights, BEMA(update_freq=1))
+    averager = Averager(weights, BEMA.paper(update_freq=1))
     weights["image"].data = weights["image"].data.contiguous()
     for tensor in weights.values():
         tensor.data = tensor.data + 1
@@ -548,7 +548,7 @@ def test_an_averager_is_not_copied():
 
 def test_joining_late_counts_the_steps_left():
     with pytest.raises(ValueError, match="up to step 1000 from step 900 on.*update_freq <= 100"):
-        Averager({"w": torch.zeros(2)}, BEMA(), step=900, total_steps=1000)
+        Averager({"w": torch.zeros(2)}, BEMA.paper(), step=900, total_steps=1000)
     with pytest.raises(ValueError, match="total_steps='100'; it must be an integer"):
         Averager({"w": torch.zeros(2)}, EMA(), total_steps="100")
 

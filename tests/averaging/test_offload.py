@@ -22,9 +22,9 @@ from lagless.execution import pieces as cut_in_pieces
 
 RULES = {
     "ema": EMA(decay=0.9),
-    "bema": BEMA(update_freq=2, update_after=1),
-    "ouema": OUEMA(update_freq=3),
-    "dema": DEMA(update_freq=1),
+    "bema": BEMA.paper(update_freq=2, update_after=1),
+    "ouema": OUEMA.paper(update_freq=3),
+    "dema": DEMA.paper(update_freq=1),
     "window": WindowAverage(window=2, update_freq=2),
     "mean": UniformAverage(update_after=4),
     "power": PowerEMA(),
@@ -155,7 +155,7 @@ def test_parameters_of_several_dtypes():
 
 def test_compiled_updates(monkeypatch):
     monkeypatch.setattr(_buffers, "KERNEL_SMALLEST", BLOCK)
-    live, rules = parameters(), {"a": EMA(), "b": BEMA(update_freq=1)}
+    live, rules = parameters(), {"a": EMA(), "b": BEMA.paper(update_freq=1)}
     offload, sync = offloaded(live, rules, compile=True), synchronous(live, rules)
     optimizer = torch.optim.SGD(live.values(), lr=0.5)
     for n in range(1, 4):

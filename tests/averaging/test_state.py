@@ -10,9 +10,9 @@ from lagless import BEMA, DEMA, EMA, Averager, WindowAverage
 from lagless.averaging import _state_file
 
 RULES = {
-    "bema": BEMA(update_freq=2),
+    "bema": BEMA.paper(update_freq=2),
     "ema": EMA(decay=0.9),
-    "dema": DEMA(update_freq=3),
+    "dema": DEMA.paper(update_freq=3),
     "lawa": WindowAverage(window=2),
 }
 
@@ -54,7 +54,7 @@ def test_state_is_tensors_and_plain_json(tmp_path):
 
 
 def test_averages_keep_their_dtype_through_save_and_load(tmp_path):
-    averager = Averager({"a": torch.ones(2, dtype=torch.bfloat16)}, BEMA(update_freq=1))
+    averager = Averager({"a": torch.ones(2, dtype=torch.bfloat16)}, BEMA.paper(update_freq=1))
     averager.update()
     averager.save(tmp_path / "s.safetensors")
     averager.load(tmp_path / "s.safetensors")

@@ -82,7 +82,12 @@ def test_compiled_update_equals_the_eager_one(dtype, tolerance, monkeypatch):
     calls = []
     original = _buffers.lerp_compiled
     monkeypatch.setattr(_buffers, "lerp_compiled", lambda *arguments: (calls.append(1), original(*arguments)))
-    rules = {"a": BEMA(update_freq=1), "b": EMA(decay=0.9), "d": DEMA(update_freq=1), "o": OUEMA(update_freq=1)}
+    rules = {
+        "a": BEMA.paper(update_freq=1),
+        "b": EMA(decay=0.9),
+        "d": DEMA.paper(update_freq=1),
+        "o": OUEMA.paper(update_freq=1),
+    }
     weights = {"big": torch.randn(KERNEL_SMALLEST + 3).to(dtype), "small": torch.randn(5).to(dtype)}
     eager, compiled = Averager(weights, rules), Averager(weights, rules, compile=True)
     for n in range(3):
@@ -114,10 +119,10 @@ def test_one_call_into_c_equals_the_blocks(dtype, threads, monkeypatch):
         assert "CI" not in os.environ, "no C compiler"
         pytest.skip("no C compiler")
     rules = {
-        "a": BEMA(update_freq=1),
+        "a": BEMA.paper(update_freq=1),
         "b": EMA(decay=0.9),  # gains of at most .1
         "c": EMA(decay=0.3),  # and of .7, which torch.lerp treats otherwise
-        "d": DEMA(update_freq=1),
+        "d": DEMA.paper(update_freq=1),
         "w": WindowAverage(window=2, update_freq=1),
         "s": EMA(decay=0.8, update_freq=2),
     }

@@ -25,7 +25,7 @@ def train(averager, weights):
 def test_one_copy_and_the_same_bits(base):
     path, weights = base
     other = {name: t.clone() for name, t in weights.items()}
-    rules = {"bema": BEMA(update_freq=2), "ema": EMA(update_freq=2), "dema": DEMA(update_freq=2)}
+    rules = {"bema": BEMA.paper(update_freq=2), "ema": EMA(update_freq=2), "dema": DEMA.paper(update_freq=2)}
     stored, held = Averager(weights, rules, start=path), Averager(other, rules)
     train(stored, weights)
     train(held, other)
@@ -41,7 +41,7 @@ def test_one_copy_and_the_same_bits(base):
 
 def test_resume_needs_the_same_base(base, tmp_path):
     path, weights = base
-    averager = Averager(weights, BEMA(update_freq=2), start=path)
+    averager = Averager(weights, BEMA.paper(update_freq=2), start=path)
     with pytest.raises(ValueError, match=r"made with start=None, this Averager has start=\{'name': 'base'"):
         averager.load_state_dict(Averager(weights, EMA(), start=None).state_dict() | {"meta": meta(averager, None)})
     averager.load_state_dict(averager.state_dict())
@@ -54,13 +54,13 @@ def meta(averager, start):
 def test_resume_in_the_documented_order(base, tmp_path):
     path, weights = base
     other = {name: t.clone() for name, t in weights.items()}
-    whole = Averager(other, BEMA(update_freq=2), start=path)
+    whole = Averager(other, BEMA.paper(update_freq=2), start=path)
     train(whole, other)
     train(whole, other)
-    averager = Averager(weights, BEMA(update_freq=2), start=path)
+    averager = Averager(weights, BEMA.paper(update_freq=2), start=path)
     train(averager, weights)
     averager.save(tmp_path / "state.safetensors")
-    resumed = Averager(weights, BEMA(update_freq=2), start=path)  # the live weights are no longer θ_0
+    resumed = Averager(weights, BEMA.paper(update_freq=2), start=path)  # the live weights are no longer θ_0
     resumed.load(tmp_path / "state.safetensors")
     train(resumed, weights)
     assert all(torch.equal(resumed.read()[name], whole.read()[name]) for name in weights)
@@ -69,7 +69,7 @@ def test_resume_in_the_documented_order(base, tmp_path):
 def test_tied_weights_are_found_under_any_of_their_names(base):
     path, weights = base
     tied = {"other": weights["a"], "b": weights["b"], "a": weights["a"]}
-    averager = Averager(tied, BEMA(update_freq=1), start=path)
+    averager = Averager(tied, BEMA.paper(update_freq=1), start=path)
     train(averager, weights)
     averages = averager.read()
     assert averages["a"] is averages["other"]
@@ -81,19 +81,19 @@ def test_the_base_may_be_an_attribute_of_the_module(base):
     module.model = torch.nn.Module()
     module.model.other = module.model.a = torch.nn.Parameter(weights["a"])  # tied
     module.model.b = torch.nn.Parameter(weights["b"])
-    stored, held = (Averager(module, BEMA(update_freq=1), **options) for options in ({"start": path}, {}))
+    stored, held = (Averager(module, BEMA.paper(update_freq=1), **options) for options in ({"start": path}, {}))
     for averager in (stored, held):
         averager.update()
     assert all(torch.equal(average, held.read()[name]) for name, average in stored.read().items())
     assert stored.read().keys() == {"model.a", "model.b", "model.other"}
     module.head = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match=r"has no tensor 'head', with or without its first levels; it holds a, b\."):
-        Averager(module, BEMA(), start=path)
+        Averager(module, BEMA.paper(), start=path)
 
 
 def test_a_changed_base_is_noticed(base):
     path, weights = base
-    averager = Averager(weights, BEMA(update_freq=1), start=path)
+    averager = Averager(weights, BEMA.paper(update_freq=1), start=path)
     train(averager, weights)
     averager.read()
     tensors = safetensors.torch.load_file(path / "model.safetensors")
@@ -105,7 +105,7 @@ def test_a_changed_base_is_noticed(base):
 
 def test_touching_the_base_does_no_harm(base):
     path, weights = base
-    averager = Averager(weights, BEMA(update_freq=1), start=path)
+    averager = Averager(weights, BEMA.paper(update_freq=1), start=path)
     train(averager, weights)
     before = averager.read()
     (path / "model.safetensors").touch()
@@ -115,11 +115,14 @@ def test_touching_the_base_does_no_harm(base):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda p, w: Averager(w, OUEMA(), start=p), "OUEMA reads θ_0 at every update; leave start out"),
-        (lambda p, w: Averager(w, BEMA(update_after=3), start=p), "replaces θ_0 at update_after=3"),
-        (lambda p, w: Averager(w, BEMA(), start=p, step=5), "but step=5"),
-        (lambda p, w: Averager(w | {"c": torch.ones(1)}, BEMA(), start=p), "has no tensor 'c'"),
-        (lambda p, w: Averager(w | {"a": w["a"] + 1}, BEMA(), start=p).update(), "a differs from the live weights"),
+        (lambda p, w: Averager(w, OUEMA.paper(), start=p), "OUEMA reads θ_0 at every update; leave start out"),
+        (lambda p, w: Averager(w, BEMA.paper(update_after=3), start=p), "replaces θ_0 at update_after=3"),
+        (lambda p, w: Averager(w, BEMA.paper(), start=p, step=5), "but step=5"),
+        (lambda p, w: Averager(w | {"c": torch.ones(1)}, BEMA.paper(), start=p), "has no tensor 'c'"),
+        (
+            lambda p, w: Averager(w | {"a": w["a"] + 1}, BEMA.paper(), start=p).update(),
+            "a differs from the live weights",
+        ),
     ],
 )
 def test_refusals(base, make, message):

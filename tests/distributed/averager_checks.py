@@ -21,10 +21,10 @@ from lagless.execution import RankError
 from lagless.execution._sharding import Sharding
 
 RULES = {
-    "bema": BEMA(update_freq=2, update_after=1),
+    "bema": BEMA.paper(update_freq=2, update_after=1),
     "ema": EMA(decay=0.9),
-    "dema": DEMA(update_freq=3),
-    "ouema": OUEMA(update_freq=2),
+    "dema": DEMA.paper(update_freq=3),
+    "ouema": OUEMA.paper(update_freq=2),
     "lawa": WindowAverage(window=2),
 }
 
@@ -208,7 +208,7 @@ def check_tensor_parallel(rank: int, world: int, folder: Path) -> None:
     if rank == 0:
         save_file(whole, folder / "base.safetensors")
     dist.barrier()
-    Averager(parts, BEMA(update_freq=1), start=folder / "base.safetensors").update()  # else this is not θ_0
+    Averager(parts, BEMA.paper(update_freq=1), start=folder / "base.safetensors").update()  # else this is not θ_0
 
 
 def check_hybrid_sharding(rank: int, world: int, folder: Path) -> None:
@@ -262,8 +262,8 @@ def check_start_is_read_by_rows(rank: int, world: int, folder: Path) -> None:
     if rank == 0:
         save_file({n: p.detach().clone() for n, p in plain.named_parameters()}, folder / "base.safetensors")
     dist.barrier()
-    reference = Averager(plain, BEMA(update_freq=1))
-    averager = Averager(model, BEMA(update_freq=1), start=folder / "base.safetensors")
+    reference = Averager(plain, BEMA.paper(update_freq=1))
+    averager = Averager(model, BEMA.paper(update_freq=1), start=folder / "base.safetensors")
     for step in range(3):
         move(plain, step)
         move(model, step)
@@ -271,7 +271,7 @@ def check_start_is_read_by_rows(rank: int, world: int, folder: Path) -> None:
         averager.update()
     assert same(averager.read(), reference.read())
     try:
-        Averager(model, BEMA(update_freq=1), start=folder / "base.safetensors").update()
+        Averager(model, BEMA.paper(update_freq=1), start=folder / "base.safetensors").update()
     except ValueError as error:
         assert "is not θ_0" in str(error)
     else:

@@ -32,7 +32,7 @@ from lagless.posthoc import average_checkpoints
 
 from .averager_checks import full, move, same
 
-RULES = {"bema": BEMA(update_freq=10), "lawa": WindowAverage(update_freq=10, window=2)}
+RULES = {"bema": BEMA.paper(update_freq=10), "lawa": WindowAverage(update_freq=10, window=2)}
 MESHES = {"rows": [Shard(0)], "columns": [Shard(1)], "copies": [Replicate()]}
 
 
@@ -62,7 +62,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def follow(model: LlamaForCausalLM, steps: int = 3) -> Averager:
-    averager = Averager(model, {"ema": EMA(decay=0.5), "bema": BEMA(update_freq=1)})
+    averager = Averager(model, {"ema": EMA(decay=0.5), "bema": BEMA.paper(update_freq=1)})
     for step in range(steps):
         move(model, step)
         averager.update()

@@ -38,7 +38,7 @@ pytestmark = [
 ]
 
 TEXT = "the mean of the path lags behind the path; what is left of the lag is a bias, and the bias has a size. " * 6
-RULES = {"bema": BEMA(update_freq=2), "ema": EMA(decay=0.8)}
+RULES = {"bema": BEMA.paper(update_freq=2), "ema": EMA(decay=0.8)}
 
 
 def windows(length=16):
@@ -402,7 +402,7 @@ def test_the_base_on_disk_is_the_start(tmp_path):
     module = Language()
     module.model.save_pretrained(tmp_path / "base")
     saved, settings = last_of(tmp_path), {"start": tmp_path / "base"}
-    callback = AveragingCallback(BEMA(update_freq=2), **settings)
+    callback = AveragingCallback(BEMA.paper(update_freq=2), **settings)
     fit(tmp_path, callback, saved, module=module, max_epochs=1)
     expected = callback.averager.read()
     loaded = load_average(saved.last_model_path, **settings)
@@ -530,7 +530,7 @@ def test_several_optimizers_need_a_choice(tmp_path, optimizer):
 def test_a_run_too_short_for_an_update_is_refused_before_training(tmp_path):
     snapshots = Snapshots()
     with pytest.raises(ValueError, match="give no update up to step 3 "):
-        fit(tmp_path, AveragingCallback(BEMA(update_freq=4)), snapshots, max_epochs=1, accumulate_grad_batches=4)
+        fit(tmp_path, AveragingCallback(BEMA.paper(update_freq=4)), snapshots, max_epochs=1, accumulate_grad_batches=4)
     assert not snapshots.weights
 
 
@@ -601,7 +601,7 @@ def test_averages_on_the_host_are_complete_when_fit_returns(tmp_path, monkeypatc
 
 
 def test_fast_dev_run_is_no_reason_to_refuse(tmp_path):
-    callback = AveragingCallback(BEMA(update_freq=400), export=tmp_path / "out")
+    callback = AveragingCallback(BEMA.paper(update_freq=400), export=tmp_path / "out")
     with pytest.warns(UserWarning, match="has had no update yet"):
         fit(tmp_path, callback, fast_dev_run=True)
     assert callback.averager.step == 1 and not (tmp_path / "out").exists()
@@ -731,7 +731,7 @@ class Small(pl.LightningModule):
 def fit_on_ranks(folder):
     torch.manual_seed(0)
     module, data = Small(), DataLoader(TensorDataset(torch.randn(16, 3)), batch_size=4)
-    callback = AveragingCallback(BEMA(update_freq=2), export=folder)
+    callback = AveragingCallback(BEMA.paper(update_freq=2), export=folder)
     run = trainer(folder, callback, devices=2, strategy="ddp", logger=False)
     run.fit(module, data, data)
     rank, loss = run.global_rank, run.callback_metrics["bema_val_loss"]

@@ -145,7 +145,7 @@ def made_up(out, difference, comparison):
     rows = tuple(
         Row(prefix + type(rule).__name__, "folder", Candidate("name", rule, -0.1, 1.0, 2.0, 0.0), 3.0, difference)
         for prefix in ("", "best ")
-        for rule in (EMA(), BEMA())
+        for rule in (EMA(), BEMA.paper())
     )
     candidates = tuple(row.candidate for row in rows)
     sample = Sample("file", "a", "b", "c")

@@ -246,7 +246,16 @@ def test_advice_is_printed_with_its_limits_and_drawn(tmp_path):
     assert f"recommended: {advice.recommended.name}" in text
     assert f"{advice.gain(advice.live):.2f} times lower than that of the live weights" in text
     assert "constant learning rate" in text and "held-out data" in text
-    for family in ("live  ", "EMA(", "BEMA(", "OUEMA(", "DEMA(", "PowerEMA(", "WindowAverage(", "UniformAverage("):
+    for family in (
+        "live  ",
+        "EMA(",
+        "BEMA.paper(",
+        "OUEMA.paper(",
+        "DEMA.paper(",
+        "PowerEMA(",
+        "WindowAverage(",
+        "UniformAverage(",
+    ):
         assert family in text
     assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
 
@@ -302,7 +311,7 @@ def test_advice_says_which_numbers_are_missing(tmp_path):
 
 def test_a_picture_of_few_settings_can_be_drawn():
     problem = AveragingProblem(0.1, 0.1, noise=1.0, distance=1.0, lr=0.1, steps=50)
-    advice = choose(problem, {"EMA": EMA(half_life=5), "BEMA": BEMA(update_freq=40)})
+    advice = choose(problem, {"EMA": EMA(half_life=5), "BEMA": BEMA.paper(update_freq=40)})
     assert set(draw_advice(advice).numbers) == {"live", "EMA", "BEMA"}
 
 

@@ -85,7 +85,7 @@ def test_bema_values():
     assert (optimizer.kind, optimizer.betas, optimizer.eps) == ("adamw", (0.9, 0.999), 1e-8)
     assert optimizer.weight_decay == 0.0  # Adam
     assert recipe.method.averages == {
-        "bema": BEMA(ema_power=0.5, bias_power=0.2, multiplier=1.0, lag=10.0, update_after=0, update_freq=400),
+        "bema": BEMA.paper(ema_power=0.5, bias_power=0.2, multiplier=1.0, lag=10.0, update_after=0, update_freq=400),
         "ema": EMA(ema_power=0.5, multiplier=1.0, lag=10.0, update_after=0, update_freq=400),
     }
     assert (recipe.data.max_length, recipe.data.too_long, recipe.data.validation_fraction) == (4096, "drop", 0.01)

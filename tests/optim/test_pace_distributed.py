@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo
 MAKE = {
     "PACE": lambda params: PACE(params, lr=0.05),
     "PACE on device": lambda params: PACE(params, lr=0.05, capturable=True),
-    "PACE, BEMA": lambda params: PACE(params, lr=0.05, average=BEMA(update_freq=2)),
+    "PACE, BEMA": lambda params: PACE(params, lr=0.05, average=BEMA.paper(update_freq=2)),
     "Pullback": lambda params: Pullback(torch.optim.AdamW(params, lr=0.05)),
 }
 

@@ -217,7 +217,7 @@ def test_what_cannot_be_one_kernel_goes_block_by_block(monkeypatch):
             optimizer.step()
         return torch.cat([w.detach() for w in weights])
 
-    bema = {"average": BEMA(update_freq=1)}
+    bema = {"average": BEMA.paper(update_freq=1)}
     assert torch.equal(run(compile=True, **bema), run(**bema))
     kernels = []
     monkeypatch.setattr("lagless.optim._pace.step_in_one_kernel", lambda row, constants: kernels.append(row[0].numel()))
@@ -301,7 +301,11 @@ def tensors_in(tree):
 @pytest.mark.parametrize("shape", [(3 * _CPU_BLOCK + 5,), (1025, 1024)], ids=["one line", "transposed"])
 @pytest.mark.parametrize(
     "settings",
-    [{"average": BEMA(update_freq=1)}, {"capturable": True}, {"capturable": True, "average_dtype": torch.bfloat16}],
+    [
+        {"average": BEMA.paper(update_freq=1)},
+        {"capturable": True},
+        {"capturable": True, "average_dtype": torch.bfloat16},
+    ],
     ids=["blocks", "device", "device, bfloat16 average"],
 )
 def test_temporaries_are_as_large_as_a_block(dtype, shape, settings):

@@ -50,7 +50,7 @@ def through_file(state):
 
 MAKE = {
     "PACE": lambda params: PACE(params, lr=0.02),
-    "PACE, BEMA": lambda params: PACE(params, lr=0.02, average=BEMA(update_freq=2)),
+    "PACE, BEMA": lambda params: PACE(params, lr=0.02, average=BEMA.paper(update_freq=2)),
     "Pullback": lambda params: Pullback(torch.optim.AdamW(params, lr=0.02)),
 }
 
@@ -244,7 +244,7 @@ def test_reading_goes_by_names_and_leaves_frozen_parameters_out():
 
 def test_what_is_read_is_what_is_applied():
     model = tied_model(torch.bfloat16)
-    optimizer = PACE(model.parameters(), lr=0.02, average=BEMA(update_freq=1))
+    optimizer = PACE(model.parameters(), lr=0.02, average=BEMA.paper(update_freq=1))
     train(model, optimizer, 4)
     read = optimizer.read(model)
     with optimizer.applied():
@@ -307,13 +307,13 @@ def test_train_takes_a_mode():
 
 def test_a_loaded_rule_replaces_the_own_one():
     model = tied_model()
-    optimizer = PACE(model.parameters(), lr=0.02, average=BEMA(update_freq=2), pullback=0.7)
+    optimizer = PACE(model.parameters(), lr=0.02, average=BEMA.paper(update_freq=2), pullback=0.7)
     train(model, optimizer, 3)
     state = optimizer.state_dict()
     assert state["param_groups"][0]["average"]["rule"] == "BEMA"
     other = PACE(model.parameters())
     other.load_state_dict(state)
-    assert other.param_groups[0]["average"] == BEMA(update_freq=2) and other.param_groups[0]["pullback"] == 0.7
+    assert other.param_groups[0]["average"] == BEMA.paper(update_freq=2) and other.param_groups[0]["pullback"] == 0.7
     assert same(other.read(model), optimizer.read(model))
 
 

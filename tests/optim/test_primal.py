@@ -27,8 +27,10 @@ OPTIMIZERS = {
     "adamw, no interpolation": lambda p: PrimalAveraging(adamw(p), FAST, interpolation=0.0),
     "sgd at the average": lambda p: PrimalAveraging(torch.optim.SGD(p, lr=0.01), FAST, interpolation=1.0),
     "momentum": lambda p: PrimalAveraging(torch.optim.SGD(p, lr=0.01, momentum=0.5), EMA(decay=0.9)),
-    "rmsprop, bema": lambda p: PrimalAveraging(torch.optim.RMSprop(p, lr=0.01), BEMA(update_freq=1), interpolation=0.5),
-    "dema at every second step": lambda p: PrimalAveraging(adamw(p), DEMA(update_freq=2), interpolation=0.7),
+    "rmsprop, bema": lambda p: PrimalAveraging(
+        torch.optim.RMSprop(p, lr=0.01), BEMA.paper(update_freq=1), interpolation=0.5
+    ),
+    "dema at every second step": lambda p: PrimalAveraging(adamw(p), DEMA.paper(update_freq=2), interpolation=0.7),
     "lookahead": lambda p: lookahead(adamw(p), steps=2),
     "pulled": lambda p: PrimalAveraging(adamw(p), FAST, interpolation=0.8, pull=0.3),
     "decay at y": lambda p: PrimalAveraging(adamw(p, weight_decay=0.0), FAST, weight_decay_at_y=0.1),
@@ -70,7 +72,7 @@ def average_of(optimizer):
 
 @pytest.mark.parametrize("m", [0.0, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("pull", [0.0, 0.4])
-@pytest.mark.parametrize("rule", [EMA(decay=0.8), EMA(decay=0.5, update_freq=3), BEMA(update_freq=1)], ids=str)
+@pytest.mark.parametrize("rule", [EMA(decay=0.8), EMA(decay=0.5, update_freq=3), BEMA.paper(update_freq=1)], ids=str)
 def test_the_three_sequences(m, pull, rule):
     weight = start()
     optimizer = PrimalAveraging(torch.optim.SGD([weight], lr=0.1), rule, interpolation=m, pull=pull)

@@ -21,11 +21,11 @@ from lagless.theory import (
 
 OPTIMIZERS = {
     "AdamW": lambda params: Pullback(AdamW(params)),
-    "AdamW, foreach, BEMA": lambda params: Pullback(AdamW(params, foreach=True), average=BEMA(update_freq=1)),
+    "AdamW, foreach, BEMA": lambda params: Pullback(AdamW(params, foreach=True), average=BEMA.paper(update_freq=1)),
     "AMSGrad": lambda params: Pullback(Adam(params, amsgrad=True)),
     "RMSprop": lambda params: Pullback(RMSprop(params, centered=True, momentum=0.5)),
     "Adagrad": lambda params: Pullback(Adagrad(params), average_dtype=torch.bfloat16),
-    "SGD": lambda params: Pullback(SGD(params, lr=0.01, momentum=0.5), pullback=0.1, average=DEMA(update_freq=2)),
+    "SGD": lambda params: Pullback(SGD(params, lr=0.01, momentum=0.5), pullback=0.1, average=DEMA.paper(update_freq=2)),
 }
 
 
@@ -52,7 +52,7 @@ def run(make, steps=8, dtype=torch.float64):
         {},
         {"average": EMA(decay=0.9), "clamp": False, "pullback": 20.0},
         {"average": EMA(update_freq=3, update_after=1), "gate_pullback": True, "pullback": 3.0},
-        {"average": BEMA(update_freq=2), "pullback": 3.0},
+        {"average": BEMA.paper(update_freq=2), "pullback": 3.0},
     ],
     ids=str,
 )

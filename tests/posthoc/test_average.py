@@ -16,7 +16,12 @@ from lagless.checkpoints import CheckpointError, fingerprint, open_checkpoint
 from lagless.posthoc import average_checkpoints, combine_checkpoints, inspect_run
 
 Make = Callable[..., Path]
-RULES = {"ema": EMA(decay=0.9), "bema": BEMA(update_freq=10), "ou": OUEMA(update_freq=10), "dema": DEMA(update_freq=10)}
+RULES = {
+    "ema": EMA(decay=0.9),
+    "bema": BEMA.paper(update_freq=10),
+    "ou": OUEMA.paper(update_freq=10),
+    "dema": DEMA.paper(update_freq=10),
+}
 
 
 @pytest.mark.parametrize("rules", [RULES, RULES["bema"]])
@@ -37,7 +42,7 @@ def test_averages_have_the_weights_of_their_rules(make_run: Make, tmp_path: Path
 
 
 def test_the_record_says_what_the_average_is_made_of(make_run: Make, tmp_path: Path) -> None:
-    run, rule = make_run([make_state(i) for i in range(3)]), BEMA(update_freq=10)
+    run, rule = make_run([make_state(i) for i in range(3)]), BEMA.paper(update_freq=10)
     save_sharded(make_state(9), tmp_path / "base", 2)
     (summary,) = average_checkpoints(run, rule, tmp_path / "out", start=tmp_path / "base", dtype="float64")
     text = (tmp_path / "out" / "lagless.json").read_text()
@@ -80,13 +85,13 @@ def test_a_rule_without_updates_is_refused_before_anything_is_made(make_run: Mak
     with pytest.raises(
         ValueError, match="BEMA: update_freq=400, .* no update at the stored steps 1000, 1500 .*e.g. 500"
     ):
-        average_checkpoints(run, BEMA(), tmp_path / "out")
+        average_checkpoints(run, BEMA.paper(), tmp_path / "out")
     with pytest.raises(
         ValueError, match="late: .*update_after=1500 give no update.*update_after below the last step, 1500"
     ):
         average_checkpoints(run, {"late": EMA(update_after=1500)}, tmp_path / "out")
     with pytest.raises(ValueError, match="BEMA: update_freq=400"):
-        inspect_run(run, BEMA())
+        inspect_run(run, BEMA.paper())
     assert not (tmp_path / "out").exists()
 
 

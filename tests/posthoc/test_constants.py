@@ -21,9 +21,9 @@ from lagless.posthoc import average_checkpoints, combine_checkpoints
 Make = Callable[..., Path]
 RULES = {
     "ema": EMA(decay=0.3),
-    "bema": BEMA(update_freq=10),
-    "dema": DEMA(update_freq=10),
-    "ouema": OUEMA(update_freq=10),
+    "bema": BEMA.paper(update_freq=10),
+    "dema": DEMA.paper(update_freq=10),
+    "ouema": OUEMA.paper(update_freq=10),
     "uniform": UniformAverage(),
 }
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -61,7 +61,7 @@ def test_values_that_are_not_finite_in_one_checkpoint_are_refused_beside_a_mask(
     states = [{"mask": torch.tensor([-torch.inf, 1.0, 2.0])} for _ in range(3)]
     states[1]["mask"] = torch.tensor([-torch.inf, torch.inf, 2.0])
     with pytest.raises(CheckpointError, match="checkpoint-20.*'mask' has inf at element 1"):
-        average_checkpoints(make_run(states), BEMA(update_freq=10), tmp_path / "out")
+        average_checkpoints(make_run(states), BEMA.paper(update_freq=10), tmp_path / "out")
 
 
 def test_nan_everywhere_is_refused(make_run: Make, tmp_path: Path) -> None:
@@ -81,7 +81,9 @@ STATISTICS = ["bn.running_mean", "running_var", "a.bn.num_batches_tracked", "nor
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("rule", [BEMA(update_freq=10), DEMA(update_freq=10), OUEMA(update_freq=10), EMA(decay=0.5)])
+@pytest.mark.parametrize(
+    "rule", [BEMA.paper(update_freq=10), DEMA.paper(update_freq=10), OUEMA.paper(update_freq=10), EMA(decay=0.5)]
+)
 def test_running_statistics_are_those_of_the_last_checkpoint(
     make_run: Make, tmp_path: Path, rule: EMA, dtype: torch.dtype
 ) -> None:

@@ -23,10 +23,10 @@ from lagless import (
 from lagless.rules import Anchor, common_update_freq, require_updates, run_anchor, run_note, start_note, ticks
 
 RULES_OF_ALL_KINDS = (
-    lambda after, freq: BEMA(update_after=after, update_freq=freq),
-    lambda after, freq: BEMA(update_after=after, update_freq=freq, form="trl"),
-    lambda after, freq: OUEMA(update_after=after, update_freq=freq),
-    lambda after, freq: DEMA(update_after=after, update_freq=freq),
+    lambda after, freq: BEMA.paper(update_after=after, update_freq=freq),
+    lambda after, freq: BEMA.paper(update_after=after, update_freq=freq, form="trl"),
+    lambda after, freq: OUEMA.paper(update_after=after, update_freq=freq),
+    lambda after, freq: DEMA.paper(update_after=after, update_freq=freq),
     lambda after, freq: EMA(update_after=after, update_freq=freq, decay=0.95),
     lambda after, freq: EMA(update_after=after, update_freq=freq, half_life_fraction=0.05),
     lambda after, freq: PowerEMA(update_after=after, update_freq=freq),
@@ -68,10 +68,10 @@ def test_adjoint_equals_forward_recursion(kind, gaps, first, freq, after):
 
 
 def test_burn_in_moves_the_start():
-    weights = trajectory_weights(BEMA(update_after=40, update_freq=20), [0, 20, 40, 60, 80])
+    weights = trajectory_weights(BEMA.paper(update_after=40, update_freq=20), [0, 20, 40, 60, 80])
     assert weights[0] == weights[1] == 0.0 and weights[2] < 1.0
     # No checkpoint at τ itself: the last one followed stands in.
-    weights = trajectory_weights(BEMA(update_after=50, update_freq=10), [0, 20, 40, 60, 80])
+    weights = trajectory_weights(BEMA.paper(update_after=50, update_freq=10), [0, 20, 40, 60, 80])
     assert weights[1] == 0.0 and weights[2] != 0.0
 
 
@@ -84,13 +84,13 @@ def test_reads_between_updates_count_the_tail():
 
 def test_no_update_is_refused_with_a_remedy():
     with pytest.raises(ValueError, match=r"BEMA updates every 400 steps.*not once among.*e\.g\. 25\."):
-        trajectory_weights(BEMA(), [0, 25, 50])
+        trajectory_weights(BEMA.paper(), [0, 25, 50])
     with pytest.raises(
         ValueError, match="no update up to step 50 from step 0 on: its average would be the initial model"
     ):
-        require_updates(BEMA(), 50)
-    require_updates(BEMA(), 400)
-    assert [count_updates(BEMA(update_after=100), n) for n in (499, 500, 900)] == [0, 1, 2]
+        require_updates(BEMA.paper(), 50)
+    require_updates(BEMA.paper(), 400)
+    assert [count_updates(BEMA.paper(update_after=100), n) for n in (499, 500, 900)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_bema_trails_its_ema_by_alpha_times_the_distance():
     # μ̂ = α(θ_T - θ_0) + ema moves weight α from age T to age 0.
     steps, total = range(0, 10_001, 100), 10_000
     ema = mean_age(trajectory_weights(EMA(update_freq=100), steps), steps)
-    bema = mean_age(trajectory_weights(BEMA(update_freq=100), steps), steps)
+    bema = mean_age(trajectory_weights(BEMA.paper(update_freq=100), steps), steps)
     assert bema == pytest.approx(ema - (10 + total) ** -0.2 * total, rel=1e-12)
 
 
@@ -139,7 +139,7 @@ def test_reconstruction_is_exact_inside_the_span():
 
 def test_reconstruction_from_all_checkpoints_gives_the_weights():
     steps = [0, 10, 30, 60, 100]
-    wanted = trajectory_weights(BEMA(update_freq=10), steps)
+    wanted = trajectory_weights(BEMA.paper(update_freq=10), steps)
     result = reconstruct(np.eye(5), wanted)
     np.testing.assert_allclose(result.coefficients, wanted, atol=1e-12)
 
@@ -199,7 +199,7 @@ def test_the_anchor_is_the_last_iterate_of_burn_in_with_all_the_weight_not_on_up
 
 @pytest.mark.parametrize("steps, percent", [(400, "65%"), (7200, "53%"), (20000, "39%")])
 def test_the_default_bema_is_reported_at_usual_lengths(steps, percent):
-    note = run_note(BEMA(), steps)
+    note = run_note(BEMA.paper(), steps)
     assert note is not None and f"leaves {percent} of its weight on θ_0 after {steps:,} steps" in note
     assert "EMA(half_life_fraction=0.05)" in note
     assert run_note(EMA(half_life_fraction=0.05), steps) is None
@@ -207,5 +207,5 @@ def test_the_default_bema_is_reported_at_usual_lengths(steps, percent):
 
 @pytest.mark.parametrize("weight, said", [(0.21, "leaves 21%"), (0.2, None), (-0.2, None), (-0.21, "puts -21%")])
 def test_a_note_is_made_beyond_a_fifth_of_the_weight_to_either_side(weight, said):
-    note = start_note(BEMA(), Anchor(0, weight), 1000)
+    note = start_note(BEMA.paper(), Anchor(0, weight), 1000)
     assert said is None if note is None else said in note

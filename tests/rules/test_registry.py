@@ -246,7 +246,7 @@ def test_a_broken_entry_point_names_its_distribution(packages, source, target, m
         assert "unusable" not in known_rules()
     with pytest.raises(ValueError, match="Repair or uninstall broken-dist"):
         rule_from_dict({"rule": "Unusable"})
-    assert rule_from_dict({"rule": "BEMA"}) == BEMA()  # what does not need it goes on, without a word
+    assert rule_from_dict({"rule": "BEMA"}) == BEMA.paper()  # what does not need it goes on, without a word
 
 
 def test_two_distributions_with_one_name_are_refused(packages):

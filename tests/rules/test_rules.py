@@ -23,14 +23,14 @@ RULES = [
     EMA(decay=0.9, update_after=3),
     EMA(half_life=6.0, update_freq=5),
     EMA(half_life_fraction=0.1, update_freq=3, update_after=2),
-    BEMA(update_freq=1),
-    BEMA(update_freq=7, update_after=5),
-    BEMA(update_freq=3, update_after=4, form="trl"),
-    BEMA(update_freq=3, update_after=4, form="offline", min_ema_multiplier=1e-4),
-    BEMA(update_freq=3, form="online"),
-    BEMA(ema_power=0.0, update_freq=2),
-    OUEMA(update_freq=3, update_after=2),
-    DEMA(update_freq=3, update_after=2),
+    BEMA.paper(update_freq=1),
+    BEMA.paper(update_freq=7, update_after=5),
+    BEMA.paper(update_freq=3, update_after=4, form="trl"),
+    BEMA.paper(update_freq=3, update_after=4, form="offline", min_ema_multiplier=1e-4),
+    BEMA.paper(update_freq=3, form="online"),
+    BEMA.paper(ema_power=0.0, update_freq=2),
+    OUEMA.paper(update_freq=3, update_after=2),
+    DEMA.paper(update_freq=3, update_after=2),
     UniformAverage(update_freq=2, update_after=3),
     PowerEMA(relative_width=0.1, update_freq=4, update_after=3),
     WindowAverage(window=3, update_freq=2, update_after=1),
@@ -56,14 +56,14 @@ def test_published_vectors(case):
 
 def test_bema_weights_by_hand():
     # κ = 1, ρ = 0: β_t = 1/t, so ema is the mean of the iterates; α_2 = 2^-½.
-    weights = trajectory_weights(BEMA(ema_power=1.0, bias_power=0.5, lag=0.0, update_freq=1), [0, 1, 2])
+    weights = trajectory_weights(BEMA.paper(ema_power=1.0, bias_power=0.5, lag=0.0, update_freq=1), [0, 1, 2])
     alpha = 2**-0.5
     np.testing.assert_allclose(weights, [-alpha, 0.5, 0.5 + alpha], atol=1e-15)
 
 
 def test_bema_without_ema_is_an_extrapolation():
     # κ = 0: (1 + α) θ_t - α θ_0
-    weights = trajectory_weights(BEMA(ema_power=0.0, bias_power=0.4, update_freq=1), range(6))
+    weights = trajectory_weights(BEMA.paper(ema_power=0.0, bias_power=0.4, update_freq=1), range(6))
     alpha = (10 + 5) ** -0.4
     np.testing.assert_allclose(weights, [-alpha, 0, 0, 0, 0, 1 + alpha], atol=1e-15)
 
@@ -71,14 +71,14 @@ def test_bema_without_ema_is_an_extrapolation():
 def test_infinite_bias_power_is_the_ema():
     steps = range(50)
     ema = trajectory_weights(EMA(), steps)
-    for rule in (BEMA(bias_power=math.inf, update_freq=1), OUEMA(bias_power=math.inf, update_freq=1)):
+    for rule in (BEMA.paper(bias_power=math.inf, update_freq=1), OUEMA.paper(bias_power=math.inf, update_freq=1)):
         assert np.array_equal(trajectory_weights(rule, steps), ema)
-    assert BEMA(bias_power=math.inf, lag=0.0, update_freq=1).read(Tick(1, 0, 1)).live == 0.0
+    assert BEMA.paper(bias_power=math.inf, lag=0.0, update_freq=1).read(Tick(1, 0, 1)).live == 0.0
 
 
 def test_dema_is_twice_ema_minus_ema_of_ema():
     beta, steps = 0.25, range(4)
-    rule = DEMA(ema_power=0.5, lag=16.0, multiplier=0.0, update_freq=1)
+    rule = DEMA.paper(ema_power=0.5, lag=16.0, multiplier=0.0, update_freq=1)
     first = [(1 - beta) ** 3, beta * (1 - beta) ** 2, beta * (1 - beta), beta]
     # e2 after three steps: weights of e1 at steps 1, 2, 3 with the same gains, e1_0 = e2_0 = θ_0.
     e1 = np.zeros((4, 4))
@@ -164,14 +164,14 @@ def test_forms_of_bema():
     assert trl.beta(t, 0.3) == (rho + gamma * t) ** -0.3
     # At τ = 0, γ = 1 the offline form is Algorithm 1 with ρ + 1.
     steps = range(30)
-    a = trajectory_weights(BEMA(update_freq=1, lag=3, form="offline"), steps)
-    b = trajectory_weights(BEMA(update_freq=1, lag=4), steps)
+    a = trajectory_weights(BEMA.paper(update_freq=1, lag=3, form="offline"), steps)
+    b = trajectory_weights(BEMA.paper(update_freq=1, lag=4), steps)
     np.testing.assert_allclose(a, b, atol=1e-15)
     # TRL's average stays at the initial weights during burn-in, the paper's follows the live ones.
-    assert trajectory_weights(BEMA(update_after=9, form="trl"), steps, at=9)[9] == 1.0
-    assert trajectory_weights(BEMA(update_after=9), steps, at=5)[5] == 1.0
+    assert trajectory_weights(BEMA.paper(update_after=9, form="trl"), steps, at=9)[9] == 1.0
+    assert trajectory_weights(BEMA.paper(update_after=9), steps, at=5)[5] == 1.0
     with pytest.raises(ValueError, match="rests until its burn-in ends, at step 9"):
-        trajectory_weights(BEMA(update_after=9, form="trl"), steps, at=5)
+        trajectory_weights(BEMA.paper(update_after=9, form="trl"), steps, at=5)
 
 
 BAD = [
@@ -191,17 +191,20 @@ BAD = [
     (lambda: EMA(update_freq=2.0), "update_freq=2.0"),
     (lambda: EMA(update_freq=True), "update_freq=True"),
     (lambda: EMA(update_after=-1), "update_after=-1"),
-    (lambda: BEMA(bias_power=-0.1), "bias_power=-0.1"),
-    (lambda: BEMA(bias_power=math.nan), "bias_power=nan"),
-    (lambda: BEMA(multiplier=math.inf), "multiplier=inf"),
-    (lambda: BEMA(form="paper"), "form='paper'; it must be one of 'algorithm_1', 'trl', 'offline', 'online'"),
-    (lambda: BEMA(form="online", multiplier=2.0, lag=500), r"β must lie in \(0, 1\]. Choose a multiplier of at most 1"),
-    (lambda: BEMA(form="online", update_after=3), "that form has no burn-in, use 0"),
-    (lambda: BEMA(ema_power=0, lag=0, multiplier=1e-6, update_freq=1), r"α = 15.8489 .*α must lie in \[0, 1\]"),
+    (lambda: BEMA.paper(bias_power=-0.1), "bias_power=-0.1"),
+    (lambda: BEMA.paper(bias_power=math.nan), "bias_power=nan"),
+    (lambda: BEMA.paper(multiplier=math.inf), "multiplier=inf"),
+    (lambda: BEMA.paper(form="paper"), "form='paper'; it must be one of 'algorithm_1', 'trl', 'offline', 'online'"),
+    (
+        lambda: BEMA.paper(form="online", multiplier=2.0, lag=500),
+        r"β must lie in \(0, 1\]. Choose a multiplier of at most 1",
+    ),
+    (lambda: BEMA.paper(form="online", update_after=3), "that form has no burn-in, use 0"),
+    (lambda: BEMA.paper(ema_power=0, lag=0, multiplier=1e-6, update_freq=1), r"α = 15.8489 .*α must lie in \[0, 1\]"),
     (lambda: EMA(ema_power=1000), "Choose a smaller ema_power"),
-    (lambda: OUEMA(bias_power=0.0), "bias_power=0.0; it must be a number > 0"),
-    (lambda: OUEMA(multiplier=0.0), "multiplier=0.0"),
-    (lambda: DEMA(lag=math.nan), "lag=nan"),
+    (lambda: OUEMA.paper(bias_power=0.0), "bias_power=0.0; it must be a number > 0"),
+    (lambda: OUEMA.paper(multiplier=0.0), "multiplier=0.0"),
+    (lambda: DEMA.paper(lag=math.nan), "lag=nan"),
     (lambda: PowerEMA(relative_width=0.0), "relative_width=0.0"),
     (lambda: PowerEMA(relative_width=0.3), "relative_width=0.3"),
     (lambda: WindowAverage(window=0), "window=0"),
@@ -215,7 +218,7 @@ def test_bad_arguments(make, message):
         make()
 
 
-@pytest.mark.parametrize("rule", RULES + [BEMA(bias_power=math.inf)], ids=str)
+@pytest.mark.parametrize("rule", RULES + [BEMA.paper(bias_power=math.inf)], ids=str)
 def test_json_round_trip(rule):
     assert rule_from_dict(json.loads(json.dumps(rule_to_dict(rule), allow_nan=False))) == rule
 
@@ -237,7 +240,7 @@ def test_what_is_no_rule_nor_rules_by_name(given):
 
 def test_rules_by_name():
     assert named_rules(EMA(decay=0.9)) == {"ema": EMA(decay=0.9)}
-    assert named_rules({"a": BEMA()}) == {"a": BEMA()}
+    assert named_rules({"a": BEMA.paper()}) == {"a": BEMA.paper()}
     with pytest.raises(ValueError, match="rules is empty"):
         named_rules({})
 

@@ -11,7 +11,7 @@ from lagless.rules import rule_arguments, rules_from_settings
 
 def test_one_rule():
     assert rules_from_settings(["BEMA"], {"update-freq": "40", "bias_power": ".3"}) == {
-        "bema": BEMA(update_freq=40, bias_power=0.3)
+        "bema": BEMA.paper(update_freq=40, bias_power=0.3)
     }
     assert rules_from_settings(["power-ema"], {"relative_width": 0.1}) == {"powerema": PowerEMA(relative_width=0.1)}
 
@@ -19,8 +19,8 @@ def test_one_rule():
 def test_grid_multiplies_the_kinds_that_have_it():
     rules = rules_from_settings(["bema", "ema"], {"update_freq": 5}, {"ema-power": [0.2, 0.5], "bias-power": ["inf"]})
     assert rules == {
-        "bema-ema_power=0.2-bias_power=inf": BEMA(ema_power=0.2, bias_power=math.inf, update_freq=5),
-        "bema-ema_power=0.5-bias_power=inf": BEMA(ema_power=0.5, bias_power=math.inf, update_freq=5),
+        "bema-ema_power=0.2-bias_power=inf": BEMA.paper(ema_power=0.2, bias_power=math.inf, update_freq=5),
+        "bema-ema_power=0.5-bias_power=inf": BEMA.paper(ema_power=0.5, bias_power=math.inf, update_freq=5),
         "ema-ema_power=0.2": EMA(ema_power=0.2, update_freq=5),
         "ema-ema_power=0.5": EMA(ema_power=0.5, update_freq=5),
     }

@@ -10,6 +10,7 @@ from lagless.rules._clock import (
     read_between_updates as read_between_updates,
     ticks as ticks,
 )
+from lagless.rules._decay import DecayAverage as DecayAverage
 from lagless.rules._exponential import DEMA as DEMA, EMA as EMA
 from lagless.rules._filter import (
     Anchor as Anchor,
@@ -19,13 +20,16 @@ from lagless.rules._filter import (
     common_update_freq as common_update_freq,
     count_updates as count_updates,
     effective_iterates as effective_iterates,
+    equivalent_schedule as equivalent_schedule,
     mean_age as mean_age,
     require_updates as require_updates,
     run_anchor as run_anchor,
     run_note as run_note,
+    schedule_of as schedule_of,
     start_note as start_note,
     trajectory_weights as trajectory_weights,
     weight_on_start as weight_on_start,
+    weights_of as weights_of,
 )
 from lagless.rules._gains import (
     ConstantGain as ConstantGain,
@@ -64,6 +68,7 @@ from lagless.rules._settings import (
     rules_from_settings as rules_from_settings,
 )
 from lagless.rules._warmup import WarmupAverage as WarmupAverage
+from lagless.rules._width import profile_exponent as profile_exponent, rescaled as rescaled
 from lagless.rules._windows import (
     PowerEMA as PowerEMA,
     UniformAverage as UniformAverage,

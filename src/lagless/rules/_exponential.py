@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from lagless._validation import check_choice, check_number
 from lagless.rules._clock import Tick
-from lagless.rules._gains import ConstantGain, Gain, HalfLifeGain, ProfileGain
+from lagless.rules._gains import ConstantGain, Form, Gain, HalfLifeGain, ProfileGain
 from lagless.rules._power import POWER_ARGUMENTS, check_power, power_gain
 from lagless.rules._rule import EmaBuffer, ReadCoefficients, Rule, UpdateCoefficients, lerp
+from lagless.rules._width import PAPER_CLOCK, profile_exponent, resolve_clock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class EMA(Rule):
         if self.half_life is not None:
             return HalfLifeGain(self.half_life)
         if self.half_life_fraction is not None:
-            return ProfileGain(math.log(2.0) / self.half_life_fraction, self.update_after)
+            return ProfileGain(profile_exponent(self.half_life_fraction), self.update_after)
         return power_gain(self, self.form)
 
     @property
@@ -110,43 +110,74 @@ class EMA(Rule):
 class DEMA(Rule):
     """Double exponential moving average: twice the EMA minus the EMA of the EMA.
 
-    At every update, with β_t as in :class:`EMA`'s power form,
-
         e1 ← (1 - β) e1 + β θ_t        e2 ← (1 - β) e2 + β e1        μ̂ = 2 e1 - e2
 
+    By default the half-life of β is a fraction of the steps so far, β_t = 1 - (t'/t)^(ln 2/f): the same average at
+    every length of run. If ``ema_power``, ``multiplier``, ``lag`` or ``min_ema_multiplier`` is given, β_t is that of
+    :class:`EMA`'s power form.
+
     Args:
-        ema_power: κ ≥ 0.
-        multiplier: γ ≥ 0.
-        lag: ρ ≥ 0.
+        half_life_fraction: f in (0, 1); default 0.1.
         update_after: τ ≥ 0, burn-in in optimizer steps.
-        update_freq: φ ≥ 1 optimizer steps.
-        min_ema_multiplier: floor on β_t, in [0, 1].
+        update_freq: φ ≥ 1 optimizer steps. Default 1; with the power form 400.
+        ema_power: κ ≥ 0. Default 0.5.
+        multiplier: γ ≥ 0. Default 1.
+        lag: ρ ≥ 0. Default 10.
+        min_ema_multiplier: floor on β_t, in [0, 1]. Default 0.
+        form: ``"algorithm_1"`` (the default) or ``"offline"``, as in :class:`BEMA`.
 
     Raises:
-        ValueError: if an argument is out of range or β leaves (0, 1].
+        ValueError: if an argument is out of range, arguments of both kinds are given, or β leaves (0, 1].
 
     Reference:
         Mulloy (1994); Block and Zhang, arXiv 2508.00180, App. D.
     """
 
-    ema_power: float = 0.5
-    multiplier: float = 1.0
-    lag: float = 10.0
+    half_life_fraction: float | None = None
+    ema_power: float | None = None
+    multiplier: float | None = None
+    lag: float | None = None
     update_after: int = 0
-    update_freq: int = 400
-    min_ema_multiplier: float = 0.0
+    update_freq: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride] -- an int once it is made
+    min_ema_multiplier: float | None = None
+    form: Form | None = None
+
+    recorded_when_given: ClassVar[tuple[str, ...]] = ("half_life_fraction", *PAPER_CLOCK)
 
     def __post_init__(self) -> None:
+        paper = {name: value for name, value in PAPER_CLOCK.items() if name != "bias_power"}
+        on_paper = resolve_clock(
+            self,
+            relative={"half_life_fraction": 0.1, "update_freq": 1},
+            paper={**paper, "form": None, "update_freq": 400},  # records of version 0.1 have no form
+        )
         super().__post_init__()
-        check_power(self)
+        if not on_paper:
+            check_number(self, "half_life_fraction", above=0.0, below=1.0)
+            return
+        if self.form is not None:
+            check_choice(self, "form", ("algorithm_1", "offline"))
+        check_power(self, self.form or "algorithm_1")
+
+    @classmethod
+    def paper(cls, ema_power: float = 0.5, **settings: Any) -> DEMA:
+        """Return the average on the clock of BEMA's paper, with its settings where none are given."""
+        return cls(ema_power=ema_power, **settings)
+
+    @property
+    def gain(self) -> Gain:
+        """β as a function of the tick."""
+        if self.half_life_fraction is not None:
+            return ProfileGain(profile_exponent(self.half_life_fraction), self.update_after)
+        return power_gain(self, self.form or "algorithm_1")
 
     @property
     def buffer_keys(self) -> tuple[Hashable, ...]:
-        first = EmaBuffer(power_gain(self), self.schedule)
+        first = EmaBuffer(self.gain, self.schedule)
         return first, first._replace(source=first)
 
     def update(self, tick: Tick) -> UpdateCoefficients:
-        beta = power_gain(self)(tick)
+        beta = self.gain(tick)
         return UpdateCoefficients(((1.0 - beta, 0.0), (beta * (1.0 - beta), 1.0 - beta)), (beta, beta * beta))
 
     def read(self, tick: Tick) -> ReadCoefficients:

@@ -38,7 +38,7 @@ def count_updates(rule: Rule, total_steps: int) -> int:
     """How many updates a run of ``total_steps`` optimizer steps gives.
 
     >>> from lagless import BEMA
-    >>> count_updates(BEMA(update_freq=400), 1000)
+    >>> count_updates(BEMA.paper(update_freq=400), 1000)
     2
     """
     return rule.schedule.count(total_steps)
@@ -124,6 +124,55 @@ def common_update_freq(steps: Sequence[int], update_after: int = 0) -> int:
     """
     after = [step - update_after for step in steps[1:] if step > update_after]
     return int(np.gcd.reduce(after)) if after else 1
+
+
+def equivalent_schedule(rule: Rule, steps: ArrayLike, at: int | None = None) -> FloatArray:
+    """Return the multiplier of the learning rate that the average equals to first order.
+
+        θ̄ = Σ_i w_i θ_i = θ_0 + Σ_j c_j Δ_j        c_j = Σ_{i≥j} w_i
+
+    with Δ_j the change from iterate j - 1 to iterate j: for fixed gradients, the average is the run with its learning
+    rate multiplied by c_j on the way to iterate j. The weights are its decrements, w_j = c_j - c_{j+1}.
+
+    Args:
+        rule: the averaging rule.
+        steps: shape (n,), as for :func:`trajectory_weights`.
+        at: the step at which the average is read; default the last.
+
+    Returns:
+        Shape (n,), float64; entry j belongs to the change that leads to ``steps[j]``. Entry 0 is 1, the sum of all
+        weights. Entries after ``at`` are 0.
+
+    Raises:
+        ValueError: as :func:`trajectory_weights`.
+
+    >>> from lagless import WindowAverage
+    >>> equivalent_schedule(WindowAverage(window=2), [0, 1, 2, 3]).tolist()
+    [1.0, 1.0, 1.0, 0.5]
+    """
+    return schedule_of(trajectory_weights(rule, steps, at))
+
+
+def schedule_of(weights: ArrayLike) -> FloatArray:
+    """Return the tail sums c_j = Σ_{i≥j} w_i of weights over iterates; see :func:`equivalent_schedule`.
+
+    >>> schedule_of([0.25, 0.25, 0.5]).tolist()
+    [1.0, 0.75, 0.5]
+    """
+    return np.cumsum(np.asarray(weights, dtype=np.float64)[::-1])[::-1].copy()
+
+
+def weights_of(schedule: ArrayLike) -> FloatArray:
+    """Return the weights w_j = c_j - c_{j+1} of the average that equals a schedule; the inverse of :func:`schedule_of`.
+
+    Args:
+        schedule: c, shape (n,), multipliers of the learning rate on the way to each iterate; ``schedule[0]`` is 1.
+
+    >>> weights_of([1.0, 0.75, 0.5]).tolist()
+    [0.25, 0.25, 0.5]
+    """
+    c = np.asarray(schedule, dtype=np.float64)
+    return c - np.append(c[1:], 0.0)
 
 
 def mean_age(weights: ArrayLike, steps: ArrayLike, at: int | None = None) -> float:

@@ -65,7 +65,10 @@ def same_rule(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def hyperparameters(rule: Rule) -> dict[str, Any]:
     """Return the arguments that make ``rule`` again, by name."""
     if dataclasses.is_dataclass(rule):
-        return {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule) if field.init}
+        given = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule) if field.init}
+        return {
+            name: value for name, value in given.items() if value is not None or name not in rule.recorded_when_given
+        }
     return dict(vars(rule))
 
 

@@ -13,7 +13,7 @@ import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from lagless._validation import check_integer
 from lagless.rules._clock import Tick, UpdateSchedule
@@ -99,6 +99,8 @@ class Rule(ABC):
 
     update_after: int
     update_freq: int
+    recorded_when_given: ClassVar[tuple[str, ...]] = ()
+    """Hyperparameters that a record of the rule leaves out where they are None."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -3,7 +3,7 @@
 >>> import torch
 >>> from lagless import BEMA
 >>> from lagless.testing import check_optimizer, check_rule
->>> check_rule(BEMA(update_freq=5))
+>>> check_rule(BEMA.paper(update_freq=5))
 >>> check_optimizer(torch.optim.AdamW)
 """
 

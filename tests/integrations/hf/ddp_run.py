@@ -14,7 +14,7 @@ def main(folder):
     import conftest as hf
 
     torch.set_num_threads(1)
-    rules = {"bema": BEMA(update_freq=2), "ema": EMA(decay=0.8)}
+    rules = {"bema": BEMA.paper(update_freq=2), "ema": EMA(decay=0.8)}
     callback, recorder = AveragingCallback(rules, export_at_save=True), hf.Recorder()
     saving = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
     best = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "learning_rate": 1e-3}

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from lagless import BEMA, EMA
 from lagless.integrations.transformers import AveragingCallback
 
-RULES = {"bema": BEMA(update_freq=2), "ema": EMA(decay=0.8)}
+RULES = {"bema": BEMA.paper(update_freq=2), "ema": EMA(decay=0.8)}
 SAVING = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
 BEST = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "learning_rate": 0.03}
 

@@ -12,7 +12,7 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(  # PEFT's own use of transformers
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
-RULES = {"bema": BEMA(update_freq=2), "ema": EMA(decay=0.8)}
+RULES = {"bema": BEMA.paper(update_freq=2), "ema": EMA(decay=0.8)}
 SETTINGS = {"max_steps": 9, "learning_rate": 0.05, "eval_strategy": "steps", "eval_steps": 3}
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 
@@ -93,7 +93,9 @@ def test_the_merged_update_is_the_nearest_of_the_adapters_rank(hf, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
-@pytest.mark.parametrize("rule", [EMA(decay=0.8), BEMA(update_freq=4)])  # the second has a tail to count at step 9
+@pytest.mark.parametrize(
+    "rule", [EMA(decay=0.8), BEMA.paper(update_freq=4)]
+)  # the second has a tail to count at step 9
 def test_the_merged_update_is_exact_where_the_rank_allows_it(hf, tmp_path, rule):
     """Rank 20 holds any update of a layer of width 16; B A is then averaged as such."""
     callback, recorder = AveragingCallback({"average": rule}, merged_lora=True), hf.recorder()
@@ -135,7 +137,7 @@ def test_what_is_trained_beside_a_and_b_is_averaged_as_it_is(hf, tmp_path):
 
 def test_a_merged_average_is_of_the_weights_as_they_are(hf, tmp_path):
     """Between updates, too: the tail counts the present product, not the one at the last update."""
-    model, recorder, rule = adapted(hf, tmp_path, rank=20), hf.recorder(), BEMA(update_freq=2)
+    model, recorder, rule = adapted(hf, tmp_path, rank=20), hf.recorder(), BEMA.paper(update_freq=2)
     averager = MergedLoraAverager(model, rule)
     recorder.iterates = [hf.weights(model)]
     for _ in range(3):

@@ -12,7 +12,7 @@ from lagless import BEMA, EMA
 from lagless.integrations.transformers import AveragingCallback
 from lagless.integrations.transformers._evaluation import average_of
 
-RULES = {"bema": BEMA(update_freq=2), "ema": EMA(decay=0.8)}
+RULES = {"bema": BEMA.paper(update_freq=2), "ema": EMA(decay=0.8)}
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
 
 
@@ -38,10 +38,10 @@ def loss_on(model, rows):
 
 def test_one_line_follows_evaluates_and_exports(hf, tmp_path):
     recorder = hf.recorder()
-    trainer = hf.trainer(tmp_path, [AveragingCallback(BEMA(update_freq=2)), recorder], **EVALUATING)
+    trainer = hf.trainer(tmp_path, [AveragingCallback(BEMA.paper(update_freq=2)), recorder], **EVALUATING)
     trainer.train()
     averaged = AutoModelForCausalLM.from_pretrained(tmp_path / "averaged/bema")
-    hf.close(hf.weights(averaged), recorder.average(BEMA(update_freq=2)))
+    hf.close(hf.weights(averaged), recorder.average(BEMA.paper(update_freq=2)))
     assert AutoTokenizer.from_pretrained(tmp_path / "averaged/bema")("weights")["input_ids"]
     assert (tmp_path / "averaged/bema/generation_config.json").is_file()
     assert hf.same(hf.weights(trainer.model), recorder.iterates[-1])  # the Trainer returns what it always did
@@ -72,7 +72,7 @@ def test_which_averages_are_evaluated_is_selectable(hf, tmp_path, evaluate):
 def test_several_evaluation_sets(hf, tmp_path):
     sets = {"early": hf.rows(20, 4), "late": hf.rows(30, 4)}
     data = {"train_dataset": hf.rows(0, 20), "eval_dataset": sets}
-    trainer = hf.trainer(tmp_path, [AveragingCallback(BEMA(update_freq=2))], data=data, **EVALUATING)
+    trainer = hf.trainer(tmp_path, [AveragingCallback(BEMA.paper(update_freq=2))], data=data, **EVALUATING)
     trainer.train()
     metrics = trainer.evaluate()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "averaged/bema")
@@ -82,7 +82,7 @@ def test_several_evaluation_sets(hf, tmp_path):
 
 
 def test_a_set_and_a_prefix_given_to_evaluate_hold_for_averages_too(hf, tmp_path):
-    trainer = hf.trainer(tmp_path, [AveragingCallback(BEMA(update_freq=2))])
+    trainer = hf.trainer(tmp_path, [AveragingCallback(BEMA.paper(update_freq=2))])
     trainer.train()
     rows = hf.rows(10, 4)
     metrics = trainer.evaluate(rows, metric_key_prefix="test")
@@ -220,13 +220,18 @@ def test_save_strategy_best_and_a_plateau_schedule_follow_an_average(hf, tmp_pat
 
 
 def test_a_metric_of_an_average_before_its_first_update_is_refused(hf, tmp_path):
-    callback, message = AveragingCallback(BEMA(update_freq=3)), "but before the first update of 'bema'.*eval_delay"
+    callback, message = (
+        AveragingCallback(BEMA.paper(update_freq=3)),
+        "but before the first update of 'bema'.*eval_delay",
+    )
     trainer = hf.trainer(tmp_path, [callback], **best_settings("eval_bema_loss"))
     with pytest.raises(ValueError, match=f"evaluated at step 2, {message}"):
         trainer.train()
     assert trainer.state.global_step == 0
     by_epoch = {"eval_strategy": "epoch", "save_strategy": "epoch"}
-    trainer = hf.trainer(tmp_path, [AveragingCallback(BEMA(update_freq=11))], **best_settings("bema_loss", **by_epoch))
+    trainer = hf.trainer(
+        tmp_path, [AveragingCallback(BEMA.paper(update_freq=11))], **best_settings("bema_loss", **by_epoch)
+    )
     with pytest.raises(ValueError, match=f"evaluated at step 10, {message}"):
         trainer.train()
     settings = best_settings("eval_bema_loss", eval_delay=3, eval_on_start=True)  # the first chooses nothing yet
@@ -261,13 +266,13 @@ def test_a_metric_of_an_average_under_the_name_of_a_live_one_is_refused(hf, tmp_
 
 
 def test_averages_without_an_update_yet_are_left_out_of_an_evaluation(hf, tmp_path):
-    trainer = hf.trainer(tmp_path, [AveragingCallback(BEMA(update_freq=3))], eval_on_start=True, **EVALUATING)
+    trainer = hf.trainer(tmp_path, [AveragingCallback(BEMA.paper(update_freq=3))], eval_on_start=True, **EVALUATING)
     trainer.train()
     assert [e["step"] for e in trainer.state.log_history if "eval_loss" in e] == [0, 2, 4, 6, 8]
     assert [e["step"] for e in trainer.state.log_history if "eval_bema_loss" in e] == [4, 6, 8]
 
 
-@pytest.mark.parametrize("rule", [BEMA(), BEMA(update_freq=5, update_after=4)])
+@pytest.mark.parametrize("rule", [BEMA.paper(), BEMA.paper(update_freq=5, update_after=4)])
 def test_a_run_too_short_for_an_update_is_refused_before_it_starts(hf, tmp_path, rule):
     recorder = hf.recorder()
     trainer = hf.trainer(tmp_path, [recorder, AveragingCallback({"ema": EMA(), "bema": rule})])
@@ -281,7 +286,7 @@ def test_a_run_that_stops_before_the_first_update_is_refused_at_its_end(hf, tmp_
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = True
 
-    trainer = hf.trainer(tmp_path, [AveragingCallback({"ema": EMA(), "bema": BEMA(update_freq=4)}), StopAtOnce()])
+    trainer = hf.trainer(tmp_path, [AveragingCallback({"ema": EMA(), "bema": BEMA.paper(update_freq=4)}), StopAtOnce()])
     with pytest.raises(RuntimeError, match="stopped at step 1, before the first update of bema"):
         trainer.train()
     assert [folder.name for folder in (tmp_path / "averaged").iterdir()] == ["ema"]
@@ -300,7 +305,7 @@ def test_an_error_at_the_end_comes_after_the_other_callbacks(hf, tmp_path, posit
 
     other = Other()
     callbacks = [other]
-    callbacks.insert(position, AveragingCallback(BEMA(update_freq=4)))
+    callbacks.insert(position, AveragingCallback(BEMA.paper(update_freq=4)))
     trainer = hf.trainer(tmp_path, callbacks)
     for ends in (1, 2):
         with pytest.raises(RuntimeError, match="before the first update"):
@@ -350,7 +355,7 @@ def test_more_refusals(hf, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="on_missing_state='ignore'"):
         AveragingCallback(RULES, on_missing_state="ignore")
     with pytest.raises(ValueError, match="two AveragingCallbacks"):
-        hf.trainer(tmp_path, [AveragingCallback(EMA()), AveragingCallback(BEMA())]).train()
+        hf.trainer(tmp_path, [AveragingCallback(EMA()), AveragingCallback(BEMA.paper())]).train()
     data = {"train_dataset": hf.rows(0, 20), "eval_dataset": {"ema": hf.rows(20, 4)}}
     with pytest.raises(ValueError, match=r"\['ema'\] name both averages and evaluation datasets"):
         hf.trainer(tmp_path, [AveragingCallback(RULES)], data=data).train()
@@ -382,7 +387,7 @@ def test_a_trainer_inside_another_trainers_event_finds_its_own(hf, tmp_path):
             inner.train()
             assert inner.state.log_history[0]["step"] == 2
 
-    trainer = hf.trainer(tmp_path, [AveragingCallback(BEMA(update_freq=2)), Nested()], **EVALUATING)
+    trainer = hf.trainer(tmp_path, [AveragingCallback(BEMA.paper(update_freq=2)), Nested()], **EVALUATING)
     trainer.train()
     assert {f.name for f in (tmp_path / "inner/averaged").iterdir()} == {"ema"}
     assert {f.name for f in (tmp_path / "averaged").iterdir()} == {"bema"}

@@ -13,7 +13,7 @@ from lagless.integrations.transformers import AveragingCallback
 from lagless.posthoc import average_checkpoints
 from lagless.rules import rule_from_dict
 
-RULES = {"bema": BEMA(update_freq=2), "ema": EMA(decay=0.8), "lawa": WindowAverage(window=2, update_freq=3)}
+RULES = {"bema": BEMA.paper(update_freq=2), "ema": EMA(decay=0.8), "lawa": WindowAverage(window=2, update_freq=3)}
 SAVING = {"save_strategy": "steps", "save_steps": 3, "max_steps": 9}
 
 
@@ -143,7 +143,7 @@ def test_the_run_folder_is_still_one_for_lagless_average(hf, tmp_path):
     run, start, recorder = tmp_path / "run", tmp_path / "start", hf.recorder()
     hf.model().save_pretrained(start)
     hf.trainer(run, [AveragingCallback(RULES, export_at_save=True), recorder], **SAVING).train()
-    rule = BEMA(update_freq=3)
+    rule = BEMA.paper(update_freq=3)
     average_checkpoints(run, rule, tmp_path / "out", start=start, start_step=0)
     hf.close(hf.weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), recorder.average(rule))
 
@@ -201,7 +201,7 @@ def test_a_failing_save_leaves_no_half_written_state(hf, tmp_path, monkeypatch):
 def test_an_earlier_runs_folder_is_replaced(hf, tmp_path):
     hf.trainer(tmp_path, [AveragingCallback({"ema": EMA()})], **SAVING).train()
     recorder = hf.recorder()
-    rule = DEMA(update_freq=1)
+    rule = DEMA.paper(update_freq=1)
     hf.trainer(tmp_path, [AveragingCallback({"ema": rule}), recorder], **SAVING | {"learning_rate": 0.02}).train()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "averaged/ema")
     hf.close(hf.weights(model), recorder.average(rule))

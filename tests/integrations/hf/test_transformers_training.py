@@ -12,7 +12,7 @@ from lagless import BEMA, EMA, Averager
 from lagless.averaging import _buffers, _offload
 from lagless.integrations.transformers import AveragingCallback
 
-RULE = BEMA(update_freq=2)
+RULE = BEMA.paper(update_freq=2)
 
 
 def check(hf, folder, callback, recorder, rule=RULE):

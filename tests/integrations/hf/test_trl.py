@@ -12,7 +12,7 @@ trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings(  # TRL's and PEFT's own use of transformers
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
-RULE = BEMA(update_freq=2)
+RULE = BEMA.paper(update_freq=2)
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 4}
 
 
@@ -150,7 +150,8 @@ def test_trl_second_train(hf, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "theirs, ours", [({}, BEMA()), ({"update_freq": 5, "update_after": 6}, BEMA(update_freq=5, update_after=6))]
+    "theirs, ours",
+    [({}, BEMA.paper()), ({"update_freq": 5, "update_after": 6}, BEMA.paper(update_freq=5, update_after=6))],
 )
 def test_trl_saves_the_untouched_model_of_a_short_run(hf, tmp_path, theirs, ours):
     """BEMACallback saves its copy of the initial model when no update came, and says that it saved BEMA."""
@@ -207,11 +208,11 @@ def test_trl_resume(hf, tmp_path):
 
 def test_trl_last_partial_window(hf, tmp_path):
     """BEMACallback drops the steps after its last update; the tail counts here."""
-    trainer = hf.trainer(tmp_path, [AveragingCallback(BEMA(update_freq=5)), recorder := hf.recorder()])
+    trainer = hf.trainer(tmp_path, [AveragingCallback(BEMA.paper(update_freq=5)), recorder := hf.recorder()])
     trainer.train()
     averaged = hf.weights(AutoModelForCausalLM.from_pretrained(tmp_path / "averaged/bema"))
-    hf.close(averaged, recorder.average(BEMA(update_freq=5)))
-    assert not hf.same(averaged, {k: v.float() for k, v in recorder.average(BEMA(update_freq=5), at=5).items()})
+    hf.close(averaged, recorder.average(BEMA.paper(update_freq=5)))
+    assert not hf.same(averaged, {k: v.float() for k, v in recorder.average(BEMA.paper(update_freq=5), at=5).items()})
 
 
 @pytest.mark.parametrize(
@@ -221,12 +222,16 @@ def test_trl_arguments_that_make_no_sense(arguments):
     """BEMACallback takes them all, and divides by zero or diverges later."""
     trl.BEMACallback(**arguments)
     with pytest.raises(ValueError, match=next(iter(arguments))):
-        AveragingCallback(BEMA(**arguments))
+        AveragingCallback(BEMA.paper(**arguments))
 
 
 def test_trl_bfloat16_average(hf, tmp_path):
     """BEMACallback keeps its ema in the parameters' dtype."""
-    theirs, ours, recorder = trl.BEMACallback(update_freq=1), AveragingCallback(BEMA(update_freq=1)), hf.recorder()
+    theirs, ours, recorder = (
+        trl.BEMACallback(update_freq=1),
+        AveragingCallback(BEMA.paper(update_freq=1)),
+        hf.recorder(),
+    )
     model = hf.model().bfloat16()
     hf.trainer(tmp_path, [theirs, ours, recorder], model=model, learning_rate=1e-3, max_steps=20).train()
     assert all(tensor.dtype == torch.bfloat16 for tensor in theirs.ema_params)

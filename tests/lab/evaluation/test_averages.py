@@ -12,7 +12,7 @@ from lagless.lab.averages import evaluate_averages
 from lagless.posthoc import average_checkpoints
 
 STEPS = [0, 10, 20, 30, 40, 50, 60]
-RULES = {"bema": BEMA(update_freq=10), "ema": EMA(ema_power=0.2, update_freq=10)}
+RULES = {"bema": BEMA.paper(update_freq=10), "ema": EMA(ema_power=0.2, update_freq=10)}
 
 
 def weights_of(model):
@@ -57,7 +57,7 @@ def test_memory_changes_nothing_but_how_often_files_are_read(run, models, monkey
 
 
 def test_every_file_is_read_once_for_a_grid(run):
-    grid = {str(k): BEMA(ema_power=k, update_freq=10) for k in np.linspace(0.1, 0.9, 20)}
+    grid = {str(k): BEMA.paper(ema_power=k, update_freq=10) for k in np.linspace(0.1, 0.9, 20)}
     done = []
     assert len(list(evaluate_averages(run, grid, lambda m: None, progress=lambda *read: done.append(read)))) == 21
     read, in_all = done[-1]

@@ -39,7 +39,9 @@ def test_a_run_its_averages_and_a_model(run, text, tmp_path, lagless):
     assert averaged[0]["results"]["loss"]["value"] == pytest.approx(rows[-1]["results"]["loss"]["value"], abs=1e-6)
     assert "difference" not in averaged[0]["results"]["loss"]
 
-    average_checkpoints(run, {"a": BEMA(update_freq=10), "b": BEMA(update_freq=10, bias_power=0.5)}, tmp_path / "out")
+    average_checkpoints(
+        run, {"a": BEMA.paper(update_freq=10), "b": BEMA.paper(update_freq=10, bias_power=0.5)}, tmp_path / "out"
+    )
     assert lagless("evaluate", tmp_path / "out", *loss, "-o", tmp_path / "out.json")[0] == 0
     assert lagless("evaluate", tmp_path / "out" / "a", *loss, "-o", tmp_path / "a.json")[0] == 0
     stored = [row for name in ("out", "a") for row in json.loads((tmp_path / f"{name}.json").read_text())["rows"]]

@@ -14,7 +14,7 @@ from lagless.lab.evaluation import held_out_sequences, sequence_losses
 from lagless.lab.tune import SEARCH_RANGES, AverageLoss, QuadraticModel, rules_searched, tune
 from lagless.posthoc import combine_checkpoints
 
-STARTS = {"bema": BEMA(update_freq=10), "ema": EMA(update_freq=10)}
+STARTS = {"bema": BEMA.paper(update_freq=10), "ema": EMA(update_freq=10)}
 
 
 @pytest.fixture
@@ -115,15 +115,15 @@ def test_evaluations_are_bounded(run, held_out):
 
 
 def test_settings_keep_what_is_not_searched():
-    found = list(rules_searched(BEMA(update_freq=10, lag=3.0)))
+    found = list(rules_searched(BEMA.paper(update_freq=10, lag=3.0)))
     assert len(found) == SEARCH_RANGES["ema_power"].points * SEARCH_RANGES["bias_power"].points
     assert all(rule.lag == 3.0 and rule.update_freq == 10 for rule in found)
-    assert len(list(rules_searched(BEMA(bias_power=np.inf)))) == SEARCH_RANGES["ema_power"].points
+    assert len(list(rules_searched(BEMA.paper(bias_power=np.inf)))) == SEARCH_RANGES["ema_power"].points
     assert {rule.half_life_fraction is None for rule in rules_searched(EMA(half_life_fraction=0.1))} == {False}
     assert len({rule.relative_width for rule in rules_searched(PowerEMA())}) == SEARCH_RANGES["relative_width"].points
     assert list(rules_searched(UniformAverage())) == [UniformAverage()]
     assert list(rules_searched(EMA(decay=0.9))) == [EMA(decay=0.9)]
-    assert len(list(rules_searched(DEMA()))) == SEARCH_RANGES["ema_power"].points
+    assert len(list(rules_searched(DEMA.paper()))) == SEARCH_RANGES["ema_power"].points
 
 
 def test_bad_requests_are_refused(run, held_out):
@@ -132,4 +132,4 @@ def test_bad_requests_are_refused(run, held_out):
     with pytest.raises(ValueError, match="evaluations=2; it must be at least 3"):
         tune(run, STARTS, *held_out, evaluations=2)
     with pytest.raises(ValueError, match="updates every 400 steps"):
-        tune(run, {"bema": BEMA()}, *held_out)
+        tune(run, {"bema": BEMA.paper()}, *held_out)

@@ -12,9 +12,9 @@ PROBLEM = AveragingProblem(curvature_min=0.02, curvature_max=0.8, noise=1.3, dis
 KINDS = (BEMA, DEMA, EMA, OUEMA, PowerEMA, UniformAverage, WindowAverage)
 RULES = {
     "ema": EMA(half_life=20),
-    "bema": BEMA(update_freq=7),
-    "ouema": OUEMA(update_freq=5, update_after=20),
-    "dema": DEMA(update_freq=4),
+    "bema": BEMA.paper(update_freq=7),
+    "ouema": OUEMA.paper(update_freq=5, update_after=20),
+    "dema": DEMA.paper(update_freq=4),
     "uniform": UniformAverage(update_after=40, update_freq=3),
     "window": WindowAverage(window=4, update_freq=11),
 }
@@ -130,7 +130,7 @@ def test_bad_questions_are_refused():
     with pytest.raises(ValueError, match="measure='risk'"):
         choose(PROBLEM, measure="risk")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="update_freq"):
-        choose(PROBLEM, {"never": BEMA(update_freq=400)})
+        choose(PROBLEM, {"never": BEMA.paper(update_freq=400)})
     with pytest.raises(ValueError, match="gives no update in 150 steps"):
         choose(PROBLEM, update_freq=151)
     with pytest.raises(ValueError, match="copies"):

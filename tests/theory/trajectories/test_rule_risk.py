@@ -24,11 +24,11 @@ RULES = {
     "ema": EMA(),
     "live": EMA(ema_power=0.0),
     "half-life": EMA(half_life=10.0, update_freq=4),
-    "bema": BEMA(update_freq=3, update_after=7),
-    "bema, same buffers": BEMA(update_freq=3, update_after=7, bias_power=0.7),
-    "trl": BEMA(update_freq=5, update_after=10, form="trl"),
-    "ouema": OUEMA(update_freq=1),
-    "dema": DEMA(update_freq=2),
+    "bema": BEMA.paper(update_freq=3, update_after=7),
+    "bema, same buffers": BEMA.paper(update_freq=3, update_after=7, bias_power=0.7),
+    "trl": BEMA.paper(update_freq=5, update_after=10, form="trl"),
+    "ouema": OUEMA.paper(update_freq=1),
+    "dema": DEMA.paper(update_freq=2),
     "uniform": UniformAverage(update_after=5),
     "power": PowerEMA(relative_width=0.15),
     "window": WindowAverage(window=6, update_freq=2),
@@ -147,7 +147,9 @@ def test_sampled_risks(process, source):
 
 def test_rules_on_given_paths_are_their_weights(process):
     path = process.sample(2, 0.1 * np.arange(31), seed=4)
-    rules = {name: RULES[name] for name in ("ema", "ouema", "power")} | {"bema": BEMA(update_freq=1, update_after=9)}
+    rules = {name: RULES[name] for name in ("ema", "ouema", "power")} | {
+        "bema": BEMA.paper(update_freq=1, update_after=9)
+    }
     for name, values in averages_along(rules, path, 30).items():
         assert values.shape == path.shape
         for step in (0, 1, 9, 10, 30):
@@ -167,8 +169,8 @@ def test_adamw_runs_through_the_same_rules():
 
 FIGURE_2 = {
     "EMA": EMA(ema_power=1.0),
-    "OUEMA": OUEMA(ema_power=1.0, update_freq=1),
-    "BEMA": BEMA(ema_power=1.0, update_freq=1),
+    "OUEMA": OUEMA.paper(ema_power=1.0, update_freq=1),
+    "BEMA": BEMA.paper(ema_power=1.0, update_freq=1),
 }
 
 
@@ -190,7 +192,7 @@ def test_figure_2_as_the_paper_describes_it():
 
 def test_refusals(process):
     with pytest.raises(ValueError, match="no update up to step 2"):
-        process.risk(BEMA(update_freq=5), steps=2)
+        process.risk(BEMA.paper(update_freq=5), steps=2)
     with pytest.raises(ValueError, match=r"at must hold steps with an iterate; \[7\]"):
         process.risk(EMA(), steps=5, at=[3, 7])
     with pytest.raises(ValueError, match="it is empty"):

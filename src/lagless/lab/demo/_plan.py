@@ -74,9 +74,9 @@ class Plan:
         every, after = self.interval, self.warmup
         return {
             "ema": EMA(update_freq=every, update_after=after),
-            "bema": BEMA(update_freq=every, update_after=after),
-            "ouema": OUEMA(update_freq=every, update_after=after),
-            "dema": DEMA(update_freq=every, update_after=after),
+            "bema": BEMA.paper(update_freq=every, update_after=after),
+            "ouema": OUEMA.paper(update_freq=every, update_after=after),
+            "dema": DEMA.paper(update_freq=every, update_after=after),
         }
 
     def grid(self) -> dict[str, Rule]:

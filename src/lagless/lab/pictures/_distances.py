@@ -55,12 +55,12 @@ def _rules(bema: float, ouema: float) -> dict[str, Rule]:
         "EMA": EMA(ema_power=1.0),
         "EMA κ=0.5": EMA(ema_power=0.5),
         "uniform average": UniformAverage(),
-        "DEMA": DEMA(ema_power=1.0, update_freq=1),
-        "OUEMA": OUEMA(ema_power=1.0, bias_power=ouema, update_freq=1),
-        "OUEMA η=0.3": OUEMA(ema_power=1.0, bias_power=0.3, update_freq=1),
-        "BEMA": BEMA(ema_power=1.0, bias_power=bema, update_freq=1),
-        "BEMA η=0.3": BEMA(ema_power=1.0, bias_power=0.3, update_freq=1),
-        "BEMA κ=0.5": BEMA(ema_power=0.5, bias_power=0.3, update_freq=1),
+        "DEMA": DEMA.paper(ema_power=1.0, update_freq=1),
+        "OUEMA": OUEMA.paper(ema_power=1.0, bias_power=ouema, update_freq=1),
+        "OUEMA η=0.3": OUEMA.paper(ema_power=1.0, bias_power=0.3, update_freq=1),
+        "BEMA": BEMA.paper(ema_power=1.0, bias_power=bema, update_freq=1),
+        "BEMA η=0.3": BEMA.paper(ema_power=1.0, bias_power=0.3, update_freq=1),
+        "BEMA κ=0.5": BEMA.paper(ema_power=0.5, bias_power=0.3, update_freq=1),
     }
 
 

@@ -13,7 +13,7 @@ _CURVATURES = (1.0, 2.0)
 _RULES: dict[str, Rule] = {
     "iterate": EMA(ema_power=0.0),
     "EMA": EMA(ema_power=1.0),
-    "BEMA": BEMA(ema_power=1.0, bias_power=0.25, update_freq=1),
+    "BEMA": BEMA.paper(ema_power=1.0, bias_power=0.25, update_freq=1),
 }
 
 

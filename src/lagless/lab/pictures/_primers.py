@@ -109,8 +109,8 @@ START_RULES: dict[str, tuple[Rule, str, str]] = {
     "EMA(decay=0.999)": (EMA(decay=0.999), COLOURS["EMA"], "-"),
     "UniformAverage()": (UniformAverage(), COLOURS["UniformAverage"], "-"),
     "EMA()": (EMA(), COLOURS["EMA"], "--"),
-    "OUEMA(update_freq=1)": (OUEMA(update_freq=1), COLOURS["OUEMA"], "-"),
-    "BEMA(update_freq=1)": (BEMA(update_freq=1), COLOURS["BEMA"], "-"),
+    "OUEMA.paper(update_freq=1)": (OUEMA.paper(update_freq=1), COLOURS["OUEMA"], "-"),
+    "BEMA.paper(update_freq=1)": (BEMA.paper(update_freq=1), COLOURS["BEMA"], "-"),
 }
 
 
@@ -134,8 +134,8 @@ def draw_the_start(steps: int = 3000) -> Picture:
         f"How much of the initial model is in the average. At step {at[middle]} an EMA with decay 0.999 is still "
         f"{weights['EMA(decay=0.999)'][middle]:.0%} initial model, the power form "
         f"{abs(weights['EMA()'][middle]):.1%}. BEMA and OUEMA subtract it: their weights are "
-        f"{weights['BEMA(update_freq=1)'][middle]:+.2f} and {weights['OUEMA(update_freq=1)'][middle]:+.2f}, and fade "
-        "as their correction does."
+        f"{weights['BEMA.paper(update_freq=1)'][middle]:+.2f} and "
+        f"{weights['OUEMA.paper(update_freq=1)'][middle]:+.2f}, and fade as their correction does."
     )
     return Picture("the-start", "What θ₀ does", caption, figure, {"steps": at, "weights": weights})
 

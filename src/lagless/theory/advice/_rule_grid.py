@@ -51,10 +51,10 @@ def _rules(steps: int, freq: int) -> Iterator[Rule]:
     for share in HALF_LIVES:
         yield EMA(half_life=_rounded(share * steps), update_freq=freq)
     for power in CORRECTED_POWERS:
-        yield DEMA(ema_power=power, update_freq=freq)
+        yield DEMA.paper(ema_power=power, update_freq=freq)
         for bias in BIAS_POWERS:
-            yield BEMA(ema_power=power, bias_power=bias, update_freq=freq)
-            yield OUEMA(ema_power=power, bias_power=bias, update_freq=freq)
+            yield BEMA.paper(ema_power=power, bias_power=bias, update_freq=freq)
+            yield OUEMA.paper(ema_power=power, bias_power=bias, update_freq=freq)
     for width in WIDTHS:
         yield PowerEMA(relative_width=width, update_freq=freq)
     for share in (0.0, 0.25, 0.5, 0.75):
@@ -69,8 +69,8 @@ def _rules(steps: int, freq: int) -> Iterator[Rule]:
 def call(rule: Rule) -> str:
     """The call that makes ``rule``, without the arguments left at their defaults.
 
-    >>> call(BEMA(update_freq=10))
-    'BEMA(update_freq=10)'
+    >>> call(BEMA.paper(update_freq=10))
+    'BEMA.paper(update_freq=10)'
     """
     given: list[str] = []
     for field in fields(rule):  # type: ignore[arg-type]

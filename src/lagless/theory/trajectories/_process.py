@@ -105,7 +105,7 @@ class OrnsteinUhlenbeck(GaussMarkov):
         >>> process = OrnsteinUhlenbeck(A=0.7, mu=1.3, theta0=-2.0, eta=0.25, Sigma=1.5)
         >>> round(process.risk(MaximumLikelihood(), horizon=3.0).total, 4)
         0.3827
-        >>> round(process.risk(BEMA(update_freq=1, bias_power=0.4), steps=300, dt=0.01).total, 4)
+        >>> round(process.risk(BEMA.paper(update_freq=1, bias_power=0.4), steps=300, dt=0.01).total, 4)
         0.4549
         """
         if isinstance(target, Rule):
