@@ -309,7 +309,7 @@ def test_device_argument_and_read_dtype():
 
 def test_repr_names_the_rules():
     averager = Averager({"w": torch.ones(2)}, BEMA.paper(update_freq=2))
-    assert "bema: BEMA.paper(ema_power=0.5" in repr(averager) and "0 updates" in repr(averager)
+    assert "bema: BEMA(ema_power=0.5" in repr(averager) and "0 updates" in repr(averager)
 
 
 def test_training_is_bitwise_unchanged_by_averaging_and_evaluating():

@@ -29,7 +29,7 @@ def test_grid_multiplies_the_kinds_that_have_it():
 @pytest.mark.parametrize(
     "kinds, settings, grid, message",
     [
-        (["swa"], {}, {}, "unknown rule 'swa'; known: bema, ouema, ema"),
+        (["swa"], {}, {}, "unknown rule 'swa'; known: bema, ouema, decayaverage, ema"),
         (["ema"], {"bias_power": 1}, {}, "bias_power is no argument of ema; ema has ema_power"),
         (["ema"], {"decay": 0.9}, {"decay": [0.8]}, "decay is given as a setting and in the grid"),
         (["ema"], {"half-live": 3}, {}, r"half_live is no argument of ema; .* Did you mean half_life\?"),
@@ -47,6 +47,6 @@ def test_refusals(kinds, settings, grid, message):
 def test_arguments_of_all_rules_are_listed():
     found = rule_arguments()
     assert {name for rule in (EMA, BEMA, WindowAverage) for name in inspect.signature(rule).parameters} <= found.keys()
-    assert set(found["form"].rules) == {"ema", "bema"} and found["window"].rules == ("windowaverage",)
+    assert set(found["form"].rules) == {"ema", "bema", "ouema", "dema"} and found["window"].rules == ("windowaverage",)
     for argument in found.values():
         assert argument.text, f"{argument.name}: no rule documents it"

@@ -17,7 +17,7 @@ from lagless.rules._width import PAPER_CLOCK, profile_exponent, resolve_clock
 _SLOWER = 3.0  # width of the slow anchor in units of the average's own
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class BEMA(Rule):
     """Bias-corrected exponential moving average: the EMA plus a multiple of the distance from an anchor.
 
@@ -199,7 +199,7 @@ class BEMA(Rule):
         return ReadCoefficients((-alpha, 1.0), alpha)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class OUEMA(Rule):
     """EMA of iterates from which a memory of θ_0 has been divided out.
 

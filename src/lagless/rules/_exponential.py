@@ -106,7 +106,7 @@ class EMA(Rule):
         return ReadCoefficients((1.0,), 0.0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DEMA(Rule):
     """Double exponential moving average: twice the EMA minus the EMA of the EMA.
 

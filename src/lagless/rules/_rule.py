@@ -116,6 +116,10 @@ class Rule(ABC):
                 setattr(cls, new, _FormerName(former))
         register(cls)
 
+    def __repr__(self) -> str:
+        shown = ((name, value) for name, value in vars(self).items() if value is not None)
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown)})"
+
     def __post_init__(self) -> None:
         check_integer(self, "update_after", minimum=0)
         check_integer(self, "update_freq", minimum=1)
