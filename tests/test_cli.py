@@ -86,19 +86,25 @@ def test_inspect(run, monkeypatch, capsys):
 
 BAD = [
     (["average", "RUN/none", "-o", "OUT"], "none: no such folder"),
-    (["average", "RUN", "-o", "OUT", "--rule", "swa"], "unknown rule 'swa'; known: bema, ouema, ema"),
-    (["average", "RUN", "-o", "OUT", "--decay", "0.9"], "decay is no argument of bema"),
+    (["average", "RUN", "-o", "OUT", "--rule", "swa"], "unknown rule 'swa'; known: bema, ouema, decayaverage, ema"),
+    (["average", "RUN", "-o", "OUT", "--rule", "bema", "--decay", "0.9"], "decay is no argument of bema"),
     (["average", "RUN", "-o", "OUT", "--rule", "ema", "--decay", "1.5"], "decay=1.5; it must be a number >= 0, < 1"),
-    (["average", "RUN", "-o", "OUT", "--lag", "0", "--multiplier", "0"], "β must lie in (0, 1]"),
-    (["average", "RUN", "-o", "OUT", "--update-freq", "1000"], "Choose an update_freq that divides them, e.g. 100"),
-    (["average", "RUN", "-o", "OUT", "--steps", "0,200,100"], "200 is followed by 100"),
-    (["average", "RUN", "-o", "OUT", "--steps", "a,b"], "--steps 'a,b'; it must be integers"),
-    (["average", "RUN", "-o", "OUT", "--grid", "ema-power"], "--grid 'ema-power'; it must be ARGUMENT=VALUE"),
-    (["average", "RUN", "-o", "OUT", "--memory", "lots"], "size 'lots' is not understood"),
+    (["average", "RUN", "-o", "OUT", "--rule", "bema", "--lag", "0", "--multiplier", "0"], "β must lie in (0, 1]"),
+    (
+        ["average", "RUN", "-o", "OUT", "--rule", "bema", "--update-freq", "1000"],
+        "Choose an update_freq that divides them, e.g. 100",
+    ),
+    (["average", "RUN", "-o", "OUT", "--rule", "bema", "--steps", "0,200,100"], "200 is followed by 100"),
+    (["average", "RUN", "-o", "OUT", "--rule", "bema", "--steps", "a,b"], "--steps 'a,b'; it must be integers"),
+    (
+        ["average", "RUN", "-o", "OUT", "--rule", "bema", "--grid", "ema-power"],
+        "--grid 'ema-power'; it must be ARGUMENT=VALUE",
+    ),
+    (["average", "RUN", "-o", "OUT", "--rule", "bema", "--memory", "lots"], "size 'lots' is not understood"),
     (["average", "RUN/checkpoint-0", "-o", "OUT"], "give the folder above it"),
     (["inspect", "RUN", "--ema-power", ".2"], "say which rule they belong to"),
-    (["average", "RUN", "-o", "OUT", "--start", "RUN/base"], "base: no such checkpoint"),
-    (["average", "RUN", "-o", "OUT", "--start", "RUN/checkpoint-100"], "Leave --start out"),
+    (["average", "RUN", "-o", "OUT", "--rule", "bema", "--start", "RUN/base"], "base: no such checkpoint"),
+    (["average", "RUN", "-o", "OUT", "--rule", "bema", "--start", "RUN/checkpoint-100"], "Leave --start out"),
     (["average", "RUN", "-o", "RUN/checkpoint-0"], "checkpoint-0"),
 ]
 
@@ -115,7 +121,7 @@ def test_bad_input_ends_with_exit_code_2_and_leaves_nothing(run, tmp_path, monke
 
 
 def test_what_a_user_may_not_expect_is_said(run, monkeypatch, capsys):
-    arguments = ["--rule", "bema", "--rule", "windowaverage", "--update-freq", "200"]
+    arguments = ["--rule", "bema", "--ema-power", ".5", "--rule", "windowaverage", "--update-freq", "200"]
     assert lagless(monkeypatch, "inspect", run[0], *arguments) == 0
     printed = capsys.readouterr().out
     assert "note: bema: update_freq=200 leaves out 1 of 4 checkpoints (steps 100); 100 uses all" in printed

@@ -41,7 +41,8 @@ class Averager:
     Args:
         source: a module, of which the trainable parameters are averaged, or named tensors. The set is fixed from here
             on. Of sharded ones (DTensor, as FSDP2 makes them) each rank averages its part.
-        rules: one rule, or a mapping of names to rules. A single rule is named by its class in lower case.
+        rules: one rule, or a mapping of names to rules. A single rule is named by its class in lower case. None for
+            ``EMA(half_life_fraction=0.05)``, the same average at every length of run.
         dtype: of the stored averages: None for float32 (wider where the parameters are), or ``torch.bfloat16``, which
             is rounded stochastically so that averages with long memories still move. θ_0 and snapshots keep the
             parameters' dtype.
@@ -79,7 +80,7 @@ class Averager:
     def __init__(
         self,
         source: Source,
-        rules: Rule | Mapping[str, Rule],
+        rules: Rule | Mapping[str, Rule] | None = None,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,

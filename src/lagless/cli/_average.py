@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from lagless.cli._console import out
 from lagless.cli._rule_options import Grid, RuleNames, chosen_rules, integers, require_rule, rule_options
+from lagless.cli._weights import given_weights
 
 Runs = Annotated[
     list[Path],
@@ -24,8 +27,15 @@ def average(
     run: Runs,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to make.")],
     settings: dict[str, Any],
-    rule: RuleNames = ["bema"],  # noqa: B006 (typer copies it)
+    rule: RuleNames = [],  # noqa: B006 (typer copies it)
     grid: Grid = [],  # noqa: B006
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|W,W,...", help="Weights of the checkpoints, θ_0's first, in place of a rule; see --normalize."
+        ),
+    ] = None,
+    normalize: Annotated[bool, typer.Option(help="Divide --weights by their sum.")] = False,
     start: Start = None,
     start_step: StartStep = None,
     steps: Steps = None,
@@ -42,19 +52,23 @@ def average(
 ) -> None:
     """Average the checkpoints of a run into models that from_pretrained loads; every byte is read once.
 
-    Several rules or a --grid make one model each, in OUT/NAME. Under torchrun the processes divide the files of OUT.
+    Without --rule this is EMA(half_life_fraction=0.05), the same average at every length of run. Several rules or a
+    --grid make one model each, in OUT/NAME. Under torchrun the processes divide the files of OUT.
     """
     from lagless.checkpoints import find_checkpoints, parse_size
     from lagless.cli._processes import reading, torchrun
-    from lagless.cli._summaries import print_averages, print_rounding, print_start, print_written
+    from lagless.cli._summaries import print_averages, print_rounding, print_schedules, print_start, print_written
     from lagless.posthoc import average_checkpoints
 
     trajectory = find_checkpoints(_source(run), integers("--steps", steps), start, start_step).until(at)
-    rules = chosen_rules(trajectory.steps, rule, settings, grid)
+    if weights is not None and (rule or settings or grid):
+        raise ValueError("--weights takes the place of --rule and its arguments; give one or the other.")
+    rules = chosen_rules(trajectory.steps, rule, settings, grid) if weights is None else {}
+    named = {**rules} if weights is None else {"": given_weights(weights, trajectory.steps, normalize)}
     with torchrun() as group, reading() as progress:
         summaries = average_checkpoints(
             trajectory,
-            rules if len(rules) > 1 else next(iter(rules.values())),
+            named if len(named) > 1 else next(iter(named.values())),
             output,
             dtype=dtype,
             max_shard_size=max_shard_size,
@@ -67,7 +81,8 @@ def average(
             group=group,
         )
     print_start(trajectory)
-    print_averages(summaries, list(rules))
+    print_averages(summaries, list(rules) or ["weights"])
+    print_schedules(summaries, list(rules) or ["weights"])
     if dtype == "auto":
         print_rounding(trajectory)
     print_written(summaries, dry_run)
@@ -83,10 +98,13 @@ def inspect_command(
     start_step: StartStep = None,
     steps: Steps = None,
     at: At = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw the weights and the learning-rate schedules they equal.")
+    ] = None,
 ) -> None:
     """Say what is in a run folder, and with --rule what a rule would make of it; no weights are read."""
     from lagless.checkpoints import find_checkpoints
-    from lagless.cli._summaries import print_averages, print_run, print_start, print_weights
+    from lagless.cli._summaries import print_averages, print_run, print_schedules, print_start, print_weights
     from lagless.posthoc import inspect_run
 
     require_rule(rule, settings, grid)
@@ -96,7 +114,17 @@ def inspect_command(
     print_start(trajectory)
     if summary.averages:
         print_averages(summary.averages)
+        print_schedules(summary.averages)
         print_weights(summary)
+    if plot is not None:
+        if not summary.averages:
+            raise ValueError("--plot draws averages; say which with --rule.")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ImportError("lagless inspect --plot needs matplotlib: pip install 'lagless[lab]'")
+        from lagless.lab.pictures import draw_schedules
+
+        draw_schedules({s.name: s.weights for s in summary.averages}, summary.steps, plot)
+        out.print(f"drawn to {plot}", highlight=False, markup=False)
 
 
 def _source(run: list[Path]) -> Path | list[Path]:

@@ -55,6 +55,8 @@ def rule_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def chosen_rules(steps: Sequence[int], kinds: list[str], settings: dict[str, Any], grid: list[str]) -> dict[str, Rule]:
     """Return the rules asked for. Left alone, update_freq is the one at which every stored checkpoint is an update."""
+    if not kinds:  # as lagless.rules.default_rule()
+        kinds, settings = ["ema"], settings if settings or grid else {"half_life_fraction": 0.05}
     axes: dict[str, list[str]] = {}
     for item in grid:
         name, _, values = item.partition("=")
@@ -72,11 +74,13 @@ def require_rule(rule: list[str], settings: dict[str, Any], grid: list[str]) -> 
         raise ValueError("rule arguments were given without --rule; say which rule they belong to, e.g. --rule ema.")
 
 
-def settings_of(rule: Rule) -> str:
+def settings_of(rule: Rule | None) -> str:
     """Return the settings of a rule that are not its defaults, as text."""
+    if rule is None:
+        return "weights as given"
     defaults = inspect.signature(type(rule)).parameters
     changed = {name: value for name, value in vars(rule).items() if value != defaults[name].default}
-    return ", ".join(f"{name}={value}" for name, value in changed.items())
+    return ", ".join(f"{name}={value}" for name, value in changed.items() if value is not None)
 
 
 def integers(option: str, text: str | None) -> list[int] | None:

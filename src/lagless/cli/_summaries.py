@@ -11,6 +11,9 @@ from lagless.checkpoints import Trajectory
 from lagless.cli._console import out
 from lagless.cli._rule_options import settings_of
 from lagless.posthoc import AverageSummary, RunSummary, notes_on, short_steps
+from lagless.rules import FloatArray, schedule_of
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def print_run(summary: RunSummary) -> None:
@@ -50,6 +53,28 @@ def print_averages(summaries: Sequence[AverageSummary], names: Sequence[str] | N
     for name, s in named:
         for note in notes_on(s):
             out.print(f"note: {name}: {note}", highlight=False, markup=False)
+
+
+def print_schedules(summaries: Sequence[AverageSummary], names: Sequence[str] | None = None) -> None:
+    """Print the learning-rate schedule that each average equals to first order, as a line of blocks."""
+    out.print("to first order, each average is this run with its learning rate multiplied by")
+    named = list(zip(names or [s.name for s in summaries], summaries, strict=True))
+    width = min(24, max(len(name) for name, _ in named))
+    for name, s in named:
+        multipliers = schedule_of(s.weights)[1:]
+        out.print(
+            f"  {name[:width]:<{width}} {sparkline(multipliers)}  {multipliers[0]:.2f} at first, {multipliers[-1]:.2f} "
+            "at last",
+            highlight=False,
+            markup=False,
+        )
+
+
+def sparkline(values: Sequence[float] | FloatArray, columns: int = 32) -> str:
+    """Return values as a line of blocks, from an empty one for 0 or less to a full one for 1 or more."""
+    count = min(columns, len(values))
+    picked = [float(values[round(i * (len(values) - 1) / max(1, count - 1))]) for i in range(count)]
+    return "".join(_BLOCKS[min(8, max(0, round(8 * value)))] for value in picked)
 
 
 def print_weights(summary: RunSummary) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lagless.checkpoints import (
     NAMES,
@@ -30,16 +31,22 @@ from lagless.execution import Ranks
 from lagless.posthoc._weighted_sums import Accumulate, Progress, stream_product
 from lagless.rules import (
     Anchor,
+    FloatArray,
     Rule,
     anchor,
     common_update_freq,
+    default_rule,
     effective_iterates,
     mean_age,
     named_rules,
     rule_to_dict,
+    schedule_of,
     ticks,
     trajectory_weights,
 )
+
+Rules = Rule | ArrayLike | Mapping[str, Rule | ArrayLike]
+"""A rule, or weights of the checkpoints (θ_0's first); or several of them by name."""
 
 _CONFIGURATIONS = ("config.json", "adapter_config.json")
 
@@ -50,7 +57,7 @@ class AverageSummary:
 
     Attributes:
         name: the name the rule was given, ``""`` for a single one.
-        rule: the averaging rule.
+        rule: the averaging rule; None for weights that were given.
         steps: the step of each checkpoint, θ_0's first.
         weights: the weight of each checkpoint.
         mean_age: how far the average trails behind the last checkpoint, in optimizer steps.
@@ -61,7 +68,7 @@ class AverageSummary:
     """
 
     name: str
-    rule: Rule
+    rule: Rule | None
     steps: tuple[int, ...]
     weights: tuple[float, ...]
     mean_age: float
@@ -104,7 +111,7 @@ class RunSummary:
 
 def average_checkpoints(
     run: StrPath | Sequence[StrPath] | Trajectory,
-    rules: Rule | Mapping[str, Rule],
+    rules: Rules | None,
     out: StrPath,
     *,
     start: StrPath | None = None,
@@ -131,7 +138,8 @@ def average_checkpoints(
         run: the run folder, or a list of checkpoints; see :func:`lagless.checkpoints.find_checkpoints`, also for
             ``start``, ``start_step``, ``steps``. Or what that function returned, with these three left out.
         rules: one rule, whose average goes to ``out``; or a mapping from names to rules, whose averages go to
-            ``out/NAME``.
+            ``out/NAME``. In place of a rule, weights of the checkpoints, θ_0's first, of any sign and summing to 1.
+            None for ``EMA(half_life_fraction=0.05)`` with an update at every checkpoint.
         out: the output folder; it appears when everything is written.
         at: average as of this step: later checkpoints are left out.
         dtype: type of the weights written: ``"auto"`` keeps that of the last checkpoint, or float32, bfloat16, float16,
@@ -153,8 +161,11 @@ def average_checkpoints(
         CheckpointError: if checkpoints are missing, damaged or do not belong together, or the output cannot be written.
         ValueError: if an argument is out of range, or a rule makes no update among the steps.
     """
-    named, out = _named(rules), absolute_path(out)
+    out = absolute_path(out)
     trajectory = _opened(run, steps, start, start_step).until(at)
+    if rules is None:
+        rules = replace(default_rule(), update_freq=common_update_freq(trajectory.steps))
+    named = _named(rules)
     last = trajectory.checkpoints[-1]
     layout = plan_layout(last.tensors, dtype, max_shard_size, last.is_adapter)
     summaries = [
@@ -224,7 +235,7 @@ def _warn_of_copies(trajectory: Trajectory, fingerprints: Sequence[str | None]) 
 
 def inspect_run(
     run: StrPath | Sequence[StrPath] | Trajectory,
-    rules: Rule | Mapping[str, Rule] | None = None,
+    rules: Rules | None = None,
     *,
     start: StrPath | None = None,
     start_step: int | None = None,
@@ -262,10 +273,11 @@ def inspect_run(
     )
 
 
-def _named(rules: Rule | Mapping[str, Rule]) -> dict[str, Rule]:
-    if isinstance(rules, Rule):
+def _named(rules: Rules) -> dict[str, Rule | ArrayLike]:
+    if not isinstance(rules, Mapping):
         return {"": rules}
-    named = named_rules(rules)
+    named: dict[str, Rule | ArrayLike] = dict(rules)
+    named_rules({name: rule for name, rule in named.items() if isinstance(rule, Rule)} or default_rule())
     for name in named:
         if not name or name.startswith(".") or os.sep in name or "/" in name or name == RECORD:
             raise ValueError(
@@ -275,8 +287,12 @@ def _named(rules: Rule | Mapping[str, Rule]) -> dict[str, Rule]:
     return named
 
 
-def _summarize(name: str, rule: Rule, trajectory: Trajectory) -> AverageSummary:
+def _summarize(name: str, rule: Rule | ArrayLike, trajectory: Trajectory) -> AverageSummary:
     start, *later = steps = trajectory.steps
+    if not isinstance(rule, Rule):
+        given = _checked_weights(name, rule, steps)
+        age, count = mean_age(given, steps), effective_iterates(given)
+        return AverageSummary(name, None, steps, tuple(given.tolist()), age, count, Anchor(start, float(given[0])))
     if next(ticks(rule, steps), None) is None:
         shown = ", ".join(map(str, later[:8])) + (", ..." if len(later) > 8 else "")
         raise ValueError(
@@ -295,6 +311,32 @@ def _summarize(name: str, rule: Rule, trajectory: Trajectory) -> AverageSummary:
     )
 
 
+def _checked_weights(name: str, weights: ArrayLike, steps: Sequence[int]) -> FloatArray:
+    """Return weights as an array, one for each checkpoint.
+
+    Raises:
+        ValueError: if there are more or fewer, one is not finite, or they do not sum to 1.
+    """
+    what = f"the weights of {name!r}" if name else "the weights"
+    try:
+        given = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} are {weights!r:.60}; give a rule, or one number for each checkpoint.") from None
+    if given.shape != (len(steps),):
+        raise ValueError(
+            f"{what} have shape {given.shape}; it must be ({len(steps)},), one for each checkpoint, at steps "
+            f"{', '.join(map(str, steps[:8]))}{', ...' if len(steps) > 8 else ''} (θ_0 is step {steps[0]})."
+        )
+    if not np.isfinite(given).all():
+        place = int(np.flatnonzero(~np.isfinite(given))[0])
+        raise ValueError(f"{what}: {given[place]} at step {steps[place]}; weights must be finite.")
+    if not abs(given.sum() - 1.0) <= 1e-6:
+        raise ValueError(
+            f"{what} sum to {given.sum():.9g}; they must sum to 1. Divide them by their sum, or correct them."
+        )
+    return given
+
+
 def _remedy(rule: Rule, steps: Sequence[int]) -> str:
     if rule.update_after >= steps[-1]:
         return f"Choose update_after below the last step, {steps[-1]}."
@@ -311,7 +353,7 @@ def _record(
     return {
         "lagless": __version__,
         "name": summary.name,
-        "rule": rule_to_dict(summary.rule),
+        "rule": summary.rule and rule_to_dict(summary.rule),
         "start": {
             "name": start.path.absolute().name,
             "step": trajectory.steps[0],
@@ -320,6 +362,7 @@ def _record(
         "step": trajectory.steps[-1],
         "mean_age": summary.mean_age,
         "effective_iterates": summary.effective_iterates,
+        "equivalent_schedule": schedule_of(summary.weights).tolist(),
         "anchor": {
             "name": trajectory.checkpoints[trajectory.steps.index(summary.anchor.step)].path.absolute().name,
             "step": summary.anchor.step,

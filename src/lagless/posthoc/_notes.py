@@ -10,6 +10,10 @@ from lagless.rules import WindowAverage, common_update_freq, start_note
 
 def notes_on(s: AverageSummary) -> Iterator[str]:
     """Yield what a user may not expect of an average, a sentence each."""
+    if s.rule is None:
+        if s.effective_iterates < 1.0:
+            yield "noisier than the last checkpoint alone: the squares of these weights sum to more than 1"
+        return
     skipped = [step for step in s.steps[1:] if step > s.rule.update_after and not s.rule.schedule.updates(step)]
     if skipped[-1:] == [s.steps[-1]]:
         skipped.pop()  # the last one counts in any case

@@ -46,7 +46,7 @@ from lagless.rules._json import (
     rule_to_dict as rule_to_dict,
     same_rule as same_rule,
 )
-from lagless.rules._named import named_rules as named_rules
+from lagless.rules._named import default_rule as default_rule, named_rules as named_rules
 from lagless.rules._reconstruction import Reconstruction as Reconstruction, reconstruct as reconstruct
 from lagless.rules._registry import (
     built_in_rules as _built_in_rules,

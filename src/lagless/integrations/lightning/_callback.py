@@ -37,7 +37,7 @@ class AveragingCallback(Callback):
     A Trainer takes one such callback; give it several rules as a mapping.
 
     Args:
-        rules: one rule, or a mapping of names to rules, as for :class:`lagless.Averager`.
+        rules: one rule, a mapping of names to rules, or None, as for :class:`lagless.Averager`.
         evaluate: the averages to validate, by name; None for all.
         optimizer: with several optimizers, the index of the one whose steps count.
         export: the folder for averaged models; True for ``averaged`` in the run's log folder, False for none.
@@ -62,7 +62,7 @@ class AveragingCallback(Callback):
 
     def __init__(
         self,
-        rules: Rule | Mapping[str, Rule],
+        rules: Rule | Mapping[str, Rule] | None = None,
         *,
         evaluate: str | Collection[str] | None = None,
         optimizer: int | None = None,

@@ -41,7 +41,8 @@ class AveragingCallback(TrainerCallback):
       ``metric_for_best_model`` is an average's, that average is the model which the Trainer then holds.
 
     Args:
-        rules: one rule, or a mapping of names to rules. A single rule is named by its class in lower case.
+        rules: one rule, or a mapping of names to rules. A single rule is named by its class in lower case. None for
+            ``EMA(half_life_fraction=0.05)``, the same average at every length of run.
         evaluate: the averages to evaluate, by name; None for all.
         export_at_save: write ``checkpoint-N/averaged/{name}`` at each save as well.
         on_missing_state: what to do when the checkpoint to resume from has no averages: ``"refuse"``, or ``"restart"``
@@ -64,7 +65,7 @@ class AveragingCallback(TrainerCallback):
 
     def __init__(
         self,
-        rules: Rule | Mapping[str, Rule],
+        rules: Rule | Mapping[str, Rule] | None = None,
         *,
         evaluate: str | Collection[str] | None = None,
         export_at_save: bool = False,

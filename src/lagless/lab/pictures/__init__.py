@@ -16,6 +16,10 @@ from lagless.lab.pictures._statements import print_statements as print_statement
 
 
 def __getattr__(name: str) -> Any:
+    if name == "draw_schedules":
+        from lagless.lab.pictures._schedules import draw_schedules
+
+        return draw_schedules
     if name in ("make_primer_figures", "run_laboratory"):  # they draw, and matplotlib is not always there
         from lagless.lab.pictures import _pictures
 
