@@ -332,7 +332,7 @@ def _checked_weights(name: str, weights: ArrayLike, steps: Sequence[int]) -> Flo
         raise ValueError(f"{what}: {given[place]} at step {steps[place]}; weights must be finite.")
     if not abs(given.sum() - 1.0) <= 1e-6:
         raise ValueError(
-            f"{what} sum to {given.sum():.9g}; they must sum to 1. Divide them by their sum, or correct them."
+            f"{what} sum to {given.sum():.9g}; they must sum to 1. Divide them by their sum (--normalize), or correct them."
         )
     return given
 
