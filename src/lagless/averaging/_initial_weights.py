@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lagless.averaging._live import LiveTensors
-from lagless.checkpoints import Checkpoint, fingerprint, open_checkpoint
+from lagless.checkpoints import Checkpoint, absolute_path, fingerprint, open_checkpoint
 from lagless.rules import InitialWeights, Rule
 
 
@@ -49,7 +49,7 @@ class StoredStart:
     """
 
     def __init__(self, path: str | PathLike[str], tensors: LiveTensors, live: list[Tensor]) -> None:
-        self.path = Path(path)
+        self.path = absolute_path(path)
         self.fingerprint = fingerprint(self.path)
         self.mismatch: str | None = None
         self._verified = _stamp(self.path)

@@ -22,7 +22,7 @@ def save_file(state: State, path: str | PathLike[str]) -> None:
 
     Sharded tensors are gathered one by one on all ranks, of which the first writes. Else every caller writes.
     """
-    path, tensors = Path(path), state["tensors"]
+    path, tensors = Path(path).expanduser(), state["tensors"]
     ranks = ranks_of(tensors.values())
     # Replicas may save to one path at once, and processes on two machines can have the same id.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -54,7 +54,8 @@ def load_file(path: str | PathLike[str]) -> State:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged or no Averager wrote it.
     """
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise FileNotFoundError(f"no averager state at {path}; give the file that Averager.save wrote.")
     try:
         with safetensors.safe_open(path, "pt") as file:

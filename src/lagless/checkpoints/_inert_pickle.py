@@ -36,8 +36,11 @@ class Record:
         """Take an item of a set, which is not kept."""
 
 
-class InertUnpickler(pickle.Unpickler):
-    """Knows dictionaries, ``torch.Size`` and types of tensors; every other class becomes a :class:`Record`."""
+class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """Knows dictionaries, ``torch.Size`` and types of tensors; every other class becomes a :class:`Record`.
+
+    It is the one in Python: that in C fills memory for as many objects as a damaged pickle says it refers to.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for the class or function that is named."""

@@ -50,7 +50,7 @@ def export_model(
         RuntimeError: before the first update of that rule.
         ValueError: if ``model`` is not the one averaged.
     """
-    module, out = unwrap(model), Path(out)
+    module, out = unwrap(model), Path(out).expanduser()
     if hasattr(module, "peft_config"):
         raise NotImplementedError(
             "export_model writes whole models. An adapter is small: gather what read() gives with full_tensor() on "

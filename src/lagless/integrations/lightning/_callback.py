@@ -182,7 +182,7 @@ class AveragingCallback(Callback):
         run = trainer.log_dir or trainer.default_root_dir  # asked on every rank, as Lightning demands
         if not self._export or trainer.fast_dev_run:
             return None
-        return Path(run, "averaged") if self._export is True else Path(self._export)
+        return Path(run, "averaged") if self._export is True else Path(self._export).expanduser()
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> Averager:
         if trainer.strategy.restore_checkpoint_after_setup:

@@ -39,11 +39,12 @@ def load_average(
         ValueError: if the checkpoint holds no averages, or none of that name, or objects of classes not allowed.
         RuntimeError: if the average has had no update by then.
     """
+    path = Path(path).expanduser()
     checkpoint = _load(path)
     stored = checkpoint.get("callbacks", {}).get(STATE_KEY)
     if stored is None:
         raise ValueError(
-            f"{Path(path)} holds no averages; give a checkpoint (not a weights-only one) that was written during a fit "
+            f"{path} holds no averages; give a checkpoint (not a weights-only one) that was written during a fit "
             "with AveragingCallback."
         )
     live: dict[str, Tensor] = checkpoint["state_dict"]

@@ -55,7 +55,7 @@ def run_demo(
         ValueError: if there are too few steps or too little text, or ``out`` cannot be used.
         ImportError: if a package that only the demo needs is missing.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     plan = Plan(steps=steps, seed=seed, shape=shape or Shape())
     check_output(out, overwrite, [RECORD], "the demo")
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:

@@ -94,7 +94,7 @@ def save_advice(advice: Advice, path: str | PathLike[str]) -> Path:
     Raises:
         ValueError: if the name does not end in ``.png`` or its folder does not exist.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         raise ValueError(f"plot={str(path)!r}; it must be a .png file in a folder that exists.")
     temporary = path.with_name(f".{path.stem}.tmp.png")

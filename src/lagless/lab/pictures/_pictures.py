@@ -90,7 +90,7 @@ def run_laboratory(
     Raises:
         ValueError: if ``out`` cannot be used.
     """
-    out, console, effort = Path(out), console or Console(), effort or Effort()
+    out, console, effort = Path(out).expanduser(), console or Console(), effort or Effort()
     check_output(out, overwrite, [PAGE, NUMBERS], "the laboratory")
     parts = _parts(seed, effort)
     sections: dict[str, list[Picture]] = {}
@@ -122,7 +122,7 @@ def make_primer_figures(folder: str | PathLike[str], console: Console | None = N
     Returns:
         Their paths.
     """
-    folder, console = Path(folder), console or Console()
+    folder, console = Path(folder).expanduser(), console or Console()
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     with style(), _progress(console, len(PRIMERS)) as show:

@@ -102,7 +102,7 @@ def parse_value(text: str) -> Any:
 
 
 def _read(name: str | Path) -> dict[str, Any]:
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ValueError(f"{path}: there is no such recipe file. `lagless recipes` lists the packaged ones.")

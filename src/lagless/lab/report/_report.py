@@ -51,7 +51,7 @@ figure { margin: 1.5rem 0; } pre { background: var(--box); padding: .8rem 1rem; 
 
 def write_reports(studies: Sequence[Study], folder: str | PathLike[str]) -> Path:
     """Write ``report.html`` with all studies, and ``NAME.md`` for each, into ``folder``; the page's path."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     found = [compare(study) for study in studies]
     for study, findings in zip(studies, found, strict=True):

@@ -104,7 +104,7 @@ def load_study(path: str | PathLike[str]) -> Study:
     Raises:
         ValueError: if the file is no study, naming the field.
     """
-    content = Path(path).read_bytes()
+    content = Path(path).expanduser().read_bytes()
     try:
         return Study.model_validate_json(content.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -131,7 +131,7 @@ def _meant(error: Mapping[str, Any]) -> str:
 
 def save_study(study: Study, path: str | PathLike[str]) -> None:
     """Write a study as JSON, one run a line; it appears under its name only when complete."""
-    path = Path(path)
+    path = Path(path).expanduser()
     document: dict[str, Any] = {"format": study.format} | study.model_dump(exclude_defaults=True)
     runs = ",\n".join("  " + json.dumps(run) for run in document.pop("runs"))
     head = json.dumps(document, indent=1, ensure_ascii=False)

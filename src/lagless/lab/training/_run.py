@@ -50,7 +50,7 @@ def train(
         ValueError: if the recipe, the data, the machine or the folder do not fit; before training where possible.
         ImportError: if a package is missing that the recipe needs.
     """
-    recipe, out = recipe.resolved(seed), Path(out)
+    recipe, out = recipe.resolved(seed), Path(out).expanduser()
     check_machine(recipe)
     check_folder(out, recipe)
     if (result := read_result(out)) is not None:
