@@ -1,5 +1,7 @@
 """Weights over a trajectory, what they say, and reconstruction from stored averages."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -158,6 +160,53 @@ def test_reconstruction_reports_its_residual_and_refuses():
     for shift in (-0.01, 0.01):
         other = (result.coefficients + [shift, -shift]) @ np.array(stored)
         assert np.linalg.norm(other - wanted) > np.linalg.norm(result.weights - wanted)
+
+
+def test_reconstruction_from_neighbouring_widths_is_refused_or_damped():
+    # On paper the combination is exact; formed of float32 files it would be off by more than the weights themselves.
+    steps = range(2001)
+    stored = [trajectory_weights(EMA(half_life=h), steps) for h in range(100, 107)]
+    wanted = trajectory_weights(EMA(half_life=150), steps)
+    with pytest.raises(ValueError, match=r"up to [0-9.]+e\+08 .*allowed 1000. Pass a ridge"):
+        reconstruct(stored, wanted)
+    path = 1.0 + np.cumsum(np.random.default_rng(0).normal(size=(2001, 50)) * 0.01, axis=0)
+    files = [(weights @ path).astype(np.float32).astype(np.float64) for weights in stored]
+
+    def error(combination):
+        return np.abs(sum(c * f for c, f in zip(combination.coefficients, files, strict=True)) - wanted @ path).max()
+
+    exact = reconstruct(stored, wanted, max_amplification=math.inf)
+    damped = reconstruct(stored, wanted, ridge=1e-4)
+    assert exact.amplification == pytest.approx(np.abs(exact.coefficients).sum()) and exact.amplification > 1e8
+    assert damped.amplification < 1000 and damped.residual < 0.02 and damped.coefficients.sum() == pytest.approx(1.0)
+    assert error(damped) < 0.05 < 1.0 < error(exact)
+
+
+def test_the_ridge_minimises_what_the_docstring_says():
+    steps, ridge = range(0, 401, 4), 0.05
+    stored = np.array([trajectory_weights(EMA(half_life=h, update_freq=4), steps) for h in (10, 30, 200)])
+    wanted = trajectory_weights(EMA(half_life=45, update_freq=4), steps)
+
+    def objective(x):
+        return np.sum((x @ stored - wanted) ** 2) + ridge**2 * np.sum(wanted**2) * np.sum(x**2)
+
+    best = reconstruct(stored, wanted, ridge=ridge, max_residual=math.inf, warn_residual=math.inf).coefficients
+    for shift in ([1, -1, 0], [0, 1, -1], [-1, 1, 0], [1, 0, -1]):
+        assert objective(best + 0.001 * np.array(shift)) > objective(best)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_amplification": 0.5}, "max_amplification=0.5; it must be at least 1"),
+        ({"max_amplification": math.nan}, "max_amplification=nan"),
+        ({"ridge": -1.0}, "ridge=-1.0; it must be >= 0"),
+        ({"ridge": math.inf}, "ridge=inf"),
+    ],
+)
+def test_bad_limits_of_reconstruction(options, message):
+    with pytest.raises(ValueError, match=message):
+        reconstruct([[1.0, 0.0]], [1.0, 0.0], **options)
 
 
 @pytest.mark.parametrize(
