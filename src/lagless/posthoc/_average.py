@@ -163,9 +163,7 @@ def average_checkpoints(
     """
     out = absolute_path(out)
     trajectory = _opened(run, steps, start, start_step).until(at)
-    if rules is None:
-        rules = replace(default_rule(), update_freq=common_update_freq(trajectory.steps))
-    named = _named(rules)
+    named = _named(default_rule(update_freq=common_update_freq(trajectory.steps)) if rules is None else rules)
     last = trajectory.checkpoints[-1]
     layout = plan_layout(last.tensors, dtype, max_shard_size, last.is_adapter)
     summaries = [
@@ -332,7 +330,8 @@ def _checked_weights(name: str, weights: ArrayLike, steps: Sequence[int]) -> Flo
         raise ValueError(f"{what}: {given[place]} at step {steps[place]}; weights must be finite.")
     if not abs(given.sum() - 1.0) <= 1e-6:
         raise ValueError(
-            f"{what} sum to {given.sum():.9g}; they must sum to 1. Divide them by their sum (--normalize), or correct them."
+            f"{what} sum to {given.sum():.9g}; they must sum to 1. Divide them by their sum (--normalize), or correct "
+            "them."
         )
     return given
 

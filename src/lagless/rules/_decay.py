@@ -113,11 +113,9 @@ class DecayAverage(Rule):
 
 
 def _length(duration: object, total_steps: int) -> int:
-    whole = isinstance(duration, Integral) and not isinstance(duration, bool)
-    if whole and 1 <= int(duration) <= total_steps:
+    if isinstance(duration, Integral) and not isinstance(duration, bool) and 1 <= int(duration) <= total_steps:
         return int(duration)
-    share = isinstance(duration, Real) and not whole and not isinstance(duration, bool)
-    if share and 0.0 < float(duration) <= 1.0:
+    if isinstance(duration, Real) and not isinstance(duration, Integral) and 0.0 < float(duration) <= 1.0:
         return max(1, round(float(duration) * total_steps))
     raise ValueError(
         f"DecayAverage: duration={duration!r}; it must be a fraction of the run in (0, 1], as a float, or a number of "

@@ -9,13 +9,13 @@ from lagless.rules._exponential import EMA
 from lagless.rules._rule import Rule
 
 
-def default_rule() -> Rule:
+def default_rule(update_freq: int = 1) -> Rule:
     """Return the rule that is used where none is given: an EMA whose half-life is 5 % of the steps so far.
 
     It leaves no weight on θ_0 at any length of run. In the study at the paper's clock it is among the rules with the
     smallest worst-case loss against the live weights, at constant and at decayed learning rates (docs/choose.md).
     """
-    return EMA(half_life_fraction=0.05)
+    return EMA(half_life_fraction=0.05, update_freq=update_freq)
 
 
 def named_rules(rules: Any) -> dict[str, Rule]:

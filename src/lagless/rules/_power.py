@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 from lagless._validation import check_number
 from lagless.rules._clock import Tick
@@ -13,37 +13,25 @@ POWER_ARGUMENTS: tuple[str, ...] = ("ema_power", "multiplier", "lag", "min_ema_m
 
 
 class PowerRule(Protocol):
-    """A rule with the arguments of the power form."""
+    """A rule with the arguments of the power form, all of them numbers by now: κ, γ, ρ, the floor on β, τ and φ."""
 
     @property
-    def ema_power(self) -> float:
-        """κ."""
-        ...
+    def ema_power(self) -> Any: ...
 
     @property
-    def multiplier(self) -> float:
-        """γ."""
-        ...
+    def multiplier(self) -> Any: ...
 
     @property
-    def lag(self) -> float:
-        """ρ."""
-        ...
+    def lag(self) -> Any: ...
 
     @property
-    def min_ema_multiplier(self) -> float:
-        """Floor on β."""
-        ...
+    def min_ema_multiplier(self) -> Any: ...
 
     @property
-    def update_after(self) -> int:
-        """τ."""
-        ...
+    def update_after(self) -> int: ...
 
     @property
-    def update_freq(self) -> int:
-        """φ."""
-        ...
+    def update_freq(self) -> Any: ...
 
 
 def power_clock(rule: PowerRule, form: Form = "algorithm_1") -> PowerSchedule:
