@@ -7,29 +7,41 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from lagless.averaging import Averager
+from lagless.averaging import Averager, HoldsAverages
 from lagless.checkpoints import RECORD, Destination, check_destination
+from lagless.optim import AveragedOptimizer
 from lagless.rules import rule_to_dict
 
 
-def record_text(averager: Averager, name: str, dtype: str = "auto") -> str:
-    """What ``lagless.json`` says beside the average ``name``: the rule, the step, the number of updates."""
+def record_text(holder: HoldsAverages, name: str, dtype: str = "auto") -> str:
+    """Return the text of ``lagless.json`` beside the average ``name``: the rule, the step, the number of updates."""
+    return as_text({**describe(holder, name), "dtype": dtype})
+
+
+def describe(holder: HoldsAverages, name: str) -> dict[str, Any]:
+    """Return what is known of the average ``name``; an optimizer with several rules has a list of them."""
+    known: dict[str, Any] = {"name": name, "weights": "average"}
+    if isinstance(holder, Averager):
+        known |= {"rule": rule_to_dict(holder.rules[name]), "step": holder.step}
+    elif isinstance(holder, AveragedOptimizer):
+        rules = [rule_to_dict(group["average"]) for group in holder.param_groups]
+        distinct = [rule for i, rule in enumerate(rules) if rule not in rules[:i]]
+        known |= {"optimizer": type(holder).__name__, "rule": distinct[0] if len(distinct) == 1 else distinct}
+        known |= {"step": holder.steps_taken}
+    return {**known, "updates": holder.updates(name)}
+
+
+def as_text(record: dict[str, Any]) -> str:
+    """Return a record as the text of a file, with the version of lagless in front."""
     from lagless._version import __version__
 
-    record = {
-        "lagless": __version__,
-        "name": name,
-        "rule": rule_to_dict(averager.rules[name]),
-        "step": averager.step,
-        "updates": averager.updates(name),
-        "dtype": dtype,
-    }
-    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps({"lagless": __version__, **record}, indent=2, ensure_ascii=False) + "\n"
 
 
 @contextmanager
-def export_folder(out: Path, averager: Averager, name: str) -> Iterator[Path]:
+def export_folder(out: Path, averager: HoldsAverages, name: str) -> Iterator[Path]:
     """A temporary folder that becomes ``out``, record included, when the ``with`` block ends well.
 
     Raises:

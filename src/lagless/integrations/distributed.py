@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lagless.averaging import Averager, gather, plain_name, ranks_of, unwrap
+from lagless.averaging import Averager, HoldsAverages, gather, plain_name, ranks_of, unwrap
 from lagless.checkpoints import OUTPUT_DTYPES, RECORD, Layout, ModelWriter, TensorInfo, check_destination, plan_layout
 from lagless.integrations._exports import record_text
+from lagless.optim import AveragedOptimizer
 
 
 def export_model(
-    averager: Averager,
+    averager: HoldsAverages,
     model: nn.Module,
     out: str | PathLike[str],
     name: str | None = None,
@@ -35,7 +36,7 @@ def export_model(
     if one rank fails, all raise, and what was there before stays.
 
     Args:
-        averager: whose average is written.
+        averager: whose average is written: an Averager, or an optimizer that keeps an average in its state.
         model: the model that it follows; frozen parameters, buffers and configuration are taken from it.
         out: the folder.
         name: which average; may be left out if there is only one.
@@ -56,11 +57,12 @@ def export_model(
             "export_model writes whole models. An adapter is small: gather what read() gives with full_tensor() on "
             "every rank, and pass it to save_pretrained(state_dict=...) on the first."
         )
-    averages, tensors = averager.named_averages(name), _tensors(module)
+    name, averages = _averages_of(averager, module, name)
+    tensors = _tensors(module)
     ranks = ranks_of(tensors.values())
     infos = {key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     layout = plan_layout(infos, dtype, max_shard_size)
-    record = record_text(averager, name or next(iter(averager.rules)), dtype)
+    record = record_text(averager, name, dtype)
     with ExitStack() as stack:
         writers: list[ModelWriter] = []
 
@@ -83,6 +85,17 @@ def export_model(
             whole = gather(tensor)
             ranks.together(lambda key=key, whole=whole: write(key, whole))
         ranks.together(stack.close)
+
+
+def _averages_of(
+    holder: HoldsAverages, module: nn.Module, name: str | None
+) -> tuple[str, Iterator[tuple[str, Tensor]]]:
+    """An average's name, and its weights under the module's names."""
+    if isinstance(holder, AveragedOptimizer):
+        averages = holder.named_averages(name, module=module)
+        return holder.average_name, ((plain_name(key), value) for key, value in averages)
+    only = next(iter(holder.rules)) if isinstance(holder, Averager) else "average"
+    return name or only, holder.named_averages(name)
 
 
 def _averaged(averages: Iterator[tuple[str, Tensor]], tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lagless.execution import buffer_dtype, combine, counts, local
 from lagless.optim._average_step import coefficients
 from lagless.optim._loaded_state import counter_dtype, require_fitting, require_known_format, with_format
-from lagless.rules import ReadCoefficients, Rule, rule_from_dict, rule_to_dict
+from lagless.rules import ReadCoefficients, Rule, count_updates, rule_from_dict, rule_to_dict
 
 Self = TypeVar("Self", bound="AveragedOptimizer")
 
@@ -32,13 +32,37 @@ class AveragedOptimizer(Optimizer):
     moments: ClassVar[tuple[str, ...]] = ()
     """Entries of a parameter's state, besides averages, that have the parameter's shape."""
 
+    @property
+    def average_name(self) -> str:
+        """Return the name of the average in callbacks and exports: the optimizer's class in lower case."""
+        return type(self).__name__.lower()
+
+    @property
+    def steps_taken(self) -> int:
+        """Return the number of steps taken, at the parameter with the most."""
+        return max(self._steps(), default=0)
+
+    def updates(self, name: str | None = None) -> int:
+        """Return how many updates the average has had, at the parameter with the most.
+
+        Args:
+            name: :attr:`average_name`, or None.
+        """
+        self._require_name(name)
+        rules = [group["average"] for group in self._groups for _ in group["params"]]
+        return max((count_updates(rule, t) for rule, t in zip(rules, self._steps(), strict=True)), default=0)
+
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self, name: str | None = None) -> Iterator[None]:
         """The parameters hold the average inside the ``with`` block; afterwards, also after an error, the live bits.
+
+        Args:
+            name: :attr:`average_name`, or None.
 
         Raises:
             RuntimeError: before the first update of the average, or if the parameters hold it already.
         """
+        self._require_name(name)
         self._refuse_while_evaluating("apply the average")
         self._require_average()
         self.eval()
@@ -94,20 +118,64 @@ class AveragedOptimizer(Optimizer):
             RuntimeError: before the first update of the average.
             ValueError: if ``module`` has no parameter of this optimizer.
         """
+        averages = dict(self._named(module, dtype))
+        if module is None:
+            return averages
+        first = {p: averages[name] for name, p in module.named_parameters() if name in averages}
+        return {name: first[p] for name, p in module.named_parameters(remove_duplicate=False) if p in first}
+
+    @torch.no_grad()
+    def named_averages(
+        self, name: str | None = None, *, module: nn.Module | None = None, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Return the averaged weights of :meth:`read` one by one, so that they need never be in memory all at once.
+
+        Of tied parameters only the first comes, under its first name.
+
+        Args:
+            name: :attr:`average_name`, or None.
+            module: as for :meth:`read`.
+            dtype: as for :meth:`read`.
+
+        Raises:
+            RuntimeError: before the first update of the average.
+            ValueError: if ``module`` has no parameter of this optimizer, or there is no average ``name``.
+        """
+        self._require_name(name)
+        return self._named(module, dtype)
+
+    @torch.no_grad()
+    def copy_to_model(self, name: str | None = None) -> None:
+        """Make the average the parameters' weights for good; the live ones are gone.
+
+        Args:
+            name: :attr:`average_name`, or None.
+
+        Raises:
+            RuntimeError: before the first update of the average, or while the parameters hold it.
+        """
+        self._require_name(name)
+        self._refuse_while_evaluating("copy the average")
+        self._require_average()
+        for parameter, value in self._values():
+            parameter.copy_(value)
+
+    def _named(self, module: nn.Module | None, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         if module is not None and not {*module.parameters()} & {*self._parameters()}:
             raise ValueError(
                 f"no parameter of this {type(module).__name__} is in this {type(self).__name__}; read the module whose "
                 "parameters it was given, not a copy."
             )
         self._require_average()
-        values = {p: v if dtype is None else v.to(dtype) for p, v in self._values()}
         if module is None:
             names = [name for group in self._groups for name in group.get("param_names", group["params"])]
             pairs = zip(names, self._parameters(), strict=True)
-            named = [(name if isinstance(name, str) else str(i), p) for i, (name, p) in enumerate(pairs)]
+            named: dict[Tensor, str] = {
+                p: name if isinstance(name, str) else str(i) for i, (name, p) in enumerate(pairs)
+            }
         else:
-            named = list(module.named_parameters(remove_duplicate=False))
-        return {name: values[p] for name, p in named if p in values}
+            named = {parameter: name for name, parameter in module.named_parameters()}
+        return ((named[p], v if dtype is None else v.to(dtype)) for p, v in self._values() if p in named)
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim`` has it; rules are plain JSON, and nothing in it needs code to be loaded.
@@ -229,6 +297,10 @@ class AveragedOptimizer(Optimizer):
                 "first."
             )
 
+    def _require_name(self, name: str | None) -> None:
+        if name not in (None, self.average_name):
+            raise ValueError(f"there is no average {name!r}; {type(self).__name__} has one, {self.average_name!r}.")
+
     def _require_average(self) -> None:
         if all(read is None for _, _, read in self._reads()):
             rules = ", ".join(dict.fromkeys(str(group["average"]) for group in self._groups))
@@ -237,11 +309,14 @@ class AveragedOptimizer(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._groups for p in group["params"]]
 
+    def _steps(self) -> list[int]:
+        """Every parameter's steps."""
+        return counts([self.state[p].get(self.step_key, 0) if p in self.state else 0 for p in self._parameters()])
+
     def _reads(self) -> Iterator[tuple[Tensor, Rule, ReadCoefficients | None]]:
         """Every parameter, its rule, and how its average is read now; None where there is none yet."""
         rules = [(p, group["average"]) for group in self._groups for p in group["params"]]
-        steps = counts([self.state[p].get(self.step_key, 0) if p in self.state else 0 for p, _ in rules])
-        for (parameter, rule), step in zip(rules, steps, strict=True):
+        for (parameter, rule), step in zip(rules, self._steps(), strict=True):
             yield parameter, rule, coefficients(rule, step) if step else None
 
     def _values(self) -> Iterator[tuple[Tensor, Tensor]]:
