@@ -275,7 +275,8 @@ def _named(rules: Rules) -> dict[str, Rule | ArrayLike]:
     if not isinstance(rules, Mapping):
         return {"": rules}
     named: dict[str, Rule | ArrayLike] = dict(rules)
-    named_rules({name: rule for name, rule in named.items() if isinstance(rule, Rule)} or default_rule())
+    checked = {name: rule for name, rule in named.items() if isinstance(rule, Rule)}
+    named_rules(checked or (default_rule() if named else checked))
     for name in named:
         if not name or name.startswith(".") or os.sep in name or "/" in name or name == RECORD:
             raise ValueError(

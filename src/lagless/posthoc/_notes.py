@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
+from lagless.checkpoints import Trajectory
 from lagless.posthoc._average import AverageSummary
 from lagless.rules import WindowAverage, common_update_freq, start_note
+
+_FIRST_FACTOR = re.compile(r"\.(lora|lora_embedding)_A(\.|$)")
 
 
 def notes_on(s: AverageSummary) -> Iterator[str]:
@@ -33,6 +37,23 @@ def notes_on(s: AverageSummary) -> Iterator[str]:
         )
     if note := start_note(s.rule, s.anchor, s.steps[-1]):
         yield note
+
+
+def factors_note(trajectory: Trajectory) -> str | None:
+    """Return what the factors of LoRA adapters lose when each is averaged by itself; None without any."""
+    tensors = trajectory.checkpoints[-1].tensors
+    layers = sum(_FIRST_FACTOR.search(name) is not None and _second_factor(name) in tensors for name in tensors)
+    if not layers:
+        return None
+    return (
+        f"A and B of {layers} LoRA layers are averaged apart: their product is not the average of the products BA, as "
+        "it mixes factors of different steps. To average BA itself, train with AveragingCallback(merged_lora=True), or "
+        "merge the adapter into the base at each checkpoint (merge_and_unload) and average those models"
+    )
+
+
+def _second_factor(name: str) -> str:
+    return _FIRST_FACTOR.sub(r".\1_B\2", name)
 
 
 def short_steps(steps: Sequence[int]) -> str:

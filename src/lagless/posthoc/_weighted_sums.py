@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 _WORKERS = 8  # more do not read faster
 _WORKSPACE = 4 << 20  # bytes per worker at which blocks stay in cache and calls are few; measured on 2 cores
 _SHORTEST = 1 << 15  # elements; shorter reads cost more in calls than they gain in cache
-_AFFINE = 1e-9  # how far weights that sum to 1 may be from it
+_AFFINE = 1e-6  # how far weights that sum to 1 may be from it
 
 
 class Consumer(Protocol):
