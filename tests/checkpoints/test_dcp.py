@@ -247,10 +247,11 @@ def test_nothing_that_the_description_names_is_run(tmp_path: Path) -> None:
     [
         (lambda d: (d / ".metadata").write_bytes(b"\x80"), "not the description of a checkpoint.*damaged"),
         (lambda d: (d / ".metadata").unlink(), "sharded state without .metadata.*did not finish"),
-        (lambda d: (d / "__0_0.distcp").unlink(), "__0_0.distcp: this file of the checkpoint is missing"),
+        (lambda d: (d / "__0_0.distcp").unlink(), "__0_0.distcp': this file of the checkpoint is missing"),
         (lambda d: (d / "__0_0.distcp").write_bytes(b"x" * 99), "no tensor that torch.save wrote"),
         (lambda d: _metadata(d, _drop_chunk), "chunks of tensor 'mlp.weight' do not make up F32"),
         (lambda d: _metadata(d, lambda m: _move(m, relative_path="../x")), "outside of the checkpoint's folder"),
+        (lambda d: _metadata(d, lambda m: _move(m, relative_path="a\0b")), r"a\\x00b': this file .* is missing"),
         (lambda d: _metadata(d, lambda m: _move(m, transform_descriptors=["zstd"])), "compressed"),
         (lambda d: _metadata(d, lambda m: _move(m, **vars(_chunk(m, "scale")))), "chunks of 'mlp.weight' and 'scale'"),
         (lambda d: _metadata(d, _exchange), r"is torch.float32 \[\].*expected"),

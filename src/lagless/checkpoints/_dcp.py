@@ -109,6 +109,10 @@ def _place(folder: Path, key: str, entry: dict[str, Any], stored: dict[Any, Any]
         file = folder / where["relative_path"]
         if where.get("transform_descriptors") or file.parent != folder:
             raise CheckpointError(f"{file}: chunks are compressed, or outside of the checkpoint's folder. {CONVERT}")
+        if not file.is_file():
+            raise CheckpointError(
+                f"{str(file)!r}: this file of the checkpoint is missing. Copy the checkpoint again, or leave it out."
+            )
         chunks.append(Chunk(file, where["offset"], where["length"], offsets, sizes))
     return info, ChunkedPlace(chunks[0].path if chunks else folder / METADATA, info, tuple(chunks))
 
