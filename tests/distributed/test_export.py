@@ -65,7 +65,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train.py").write_text(page.read_text().split("```python\n")[1].split("```")[0])
     for rank in launch(run_script, 2, tmp_path / "train.py"):
         assert rank.exitcode == 0, rank.output
-    assert open_checkpoint(tmp_path / "bema").tensors
+    assert open_checkpoint(tmp_path / "ema").tensors
     assert (tmp_path / "checkpoint-10/averager.safetensors").is_file()
 
 

@@ -192,7 +192,7 @@ def test_a_failing_save_leaves_no_half_written_state(hf, tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     trainer = hf.trainer(tmp_path, [AveragingCallback(RULES)], **SAVING)
-    monkeypatch.setattr("lagless.averaging._averager.save_file", full)
+    monkeypatch.setattr("lagless.averaging._state_file.save_file", full)
     with pytest.raises(OSError, match="No space"):
         trainer.train()
     assert not [p for p in tmp_path.rglob("*") if "averages" in p.name]
