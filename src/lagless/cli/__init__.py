@@ -15,6 +15,7 @@ from lagless.cli._average import average, inspect_command
 from lagless.cli._console import err, out
 from lagless.cli._demo import demo
 from lagless.cli._evaluate import evaluate
+from lagless.cli._learn import learn_command
 from lagless.cli._report import report
 from lagless.cli._theory import app as theory
 from lagless.cli._train import recipes, sweep, train
@@ -36,6 +37,7 @@ app.command("train")(train)
 app.command("sweep")(sweep)
 app.command("evaluate")(evaluate)
 app.command("tune")(tune_command)
+app.command("learn")(learn_command)
 app.add_typer(theory, name="theory")
 
 

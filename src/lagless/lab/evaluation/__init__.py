@@ -13,6 +13,11 @@ from lagless.lab.evaluation._closed_loop import (
     hf_model as hf_model,
     vllm_model as vllm_model,
 )
-from lagless.lab.evaluation._held_out import held_out_sequences as held_out_sequences
+from lagless.lab.evaluation._held_out import (
+    Window as Window,
+    held_out_documents as held_out_documents,
+    held_out_sequences as held_out_sequences,
+    pad as pad,
+)
 from lagless.lab.evaluation._loss import Losses as Losses, Sequences as Sequences, sequence_losses as sequence_losses
 from lagless.lab.evaluation._oscillation import Oscillation as Oscillation, oscillation as oscillation

@@ -37,11 +37,16 @@ class QuadraticModel:
         """Learn the loss and its gradient at ``weights``."""
         self._seen.append((weights, loss, slopes))
 
+    def expansion(self) -> tuple[Floats, float, Floats, Floats]:
+        """Return w*, L, g and H of the model."""
+        best, loss, slopes = min(self._seen, key=lambda seen: seen[1])
+        return best, loss, slopes, self._hessian(best, slopes)
+
     def predict(self, weights: Floats) -> Floats:
         """The modelled losses of combinations, shape (M, N) → (M,)."""
-        best, loss, slopes = min(self._seen, key=lambda seen: seen[1])
+        best, loss, slopes, hessian = self.expansion()
         moved = weights - best
-        return loss + moved @ slopes + 0.5 * ((moved @ self._hessian(best, slopes)) * moved).sum(axis=1)
+        return loss + moved @ slopes + 0.5 * ((moved @ hessian) * moved).sum(axis=1)
 
     def _hessian(self, best: Floats, slopes: Floats) -> Floats:
         others = [seen for seen in self._seen if seen[0] is not best]

@@ -1,0 +1,85 @@
+"""What learned weights mean, in words and in one line of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lagless.lab.learn._learned import Comparison, Learned
+from lagless.lab.learn._modes import Floats
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_WIDTH = 60
+_ERRORS = 2.0  # standard errors beyond which a difference is called one
+
+
+def sparkline(values: ArrayLike, low: float | None = None, high: float | None = None, width: int = _WIDTH) -> str:
+    """Return values as a line of blocks, the lowest for ``low`` and the highest for ``high``.
+
+    Args:
+        values: one number per block; where there are more than ``width``, neighbours are averaged.
+        low: the value of the lowest block; by default the least.
+        high: the value of the highest block; by default the greatest.
+        width: most blocks.
+
+    >>> sparkline([0.0, 0.5, 1.0])
+    '▁▅█'
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    if len(numbers) > width:
+        numbers = np.array([part.mean() for part in np.array_split(numbers, width)])
+    low = float(numbers.min()) if low is None else low
+    high = float(numbers.max()) if high is None else high
+    shares = np.clip((numbers - low) / (high - low), 0.0, 1.0) if high > low else np.ones(len(numbers))
+    return "".join(_BLOCKS[round(share * (len(_BLOCKS) - 1))] for share in shares.tolist())
+
+
+def schedule_of(weights: Floats) -> Floats:
+    """Return the multiplier c_j = Σ_{i≥j} w_i of the change from checkpoint j-1 to j, shape (N - 1,)."""
+    return np.cumsum(weights[::-1])[::-1][1:]
+
+
+def conclusions(found: Learned) -> Iterator[str]:
+    """Yield what a reader should take away, the most important first."""
+    by_role = {comparison.role: comparison for comparison in found.comparisons}
+    count = len(found.parts.report.documents)
+    shown = [_against(by_role[role]) for role in ("live", "best rule") if role in by_role]
+    yield f"learned weights: {', '.join(shown)}; on {count} documents that had no part in learning"
+    if found.setting is None:
+        yield "no weights that were tried beat the prior on the part that chooses: the prior is what is written"
+    else:
+        yield (
+            f"chosen: mode {found.setting.mode}, ridge {found.setting.ridge:g}; {found.degrees_of_freedom:.1f} degrees "
+            f"of freedom, {found.parts.fit.size:,} targets to fit them on; {len(found.evaluations)} evaluations, each "
+            f"{found.reads[0] / len(found.evaluations):.2f} reads of the files"
+        )
+    if found.on_edge:
+        yield (
+            "warning: the weights sit on the edge of the trust region, so the loss may fall further beyond it. Allow "
+            "more evaluations (--evaluations)"
+        )
+
+
+def schedule_in_words(found: Learned) -> str:
+    """Return where along the run the schedule that the weights equal falls below 90 %, 50 % and 10 %."""
+    assert found.steps is not None
+    schedule, steps = schedule_of(found.weights), found.steps
+    first, last = steps[0], steps[-1]
+    below = []
+    for level in (0.9, 0.5, 0.1):
+        above = [step for c, step in zip(schedule, steps[1:], strict=True) if c >= level]
+        if above and above[-1] < last:
+            below.append(f"{level:.0%} for the last {(last - above[-1]) / (last - first):.0%} of the run")
+    peak = f"between {schedule.min():.2f} and {schedule.max():.2f} of the rate that was used"
+    return f"{peak}; below {', '.join(below)}" if below else peak
+
+
+def _against(comparison: Comparison) -> str:
+    difference = comparison.difference
+    name = comparison.role if comparison.role == "live" else f"{comparison.role} ({comparison.name})"
+    text = f"{difference.value:+.4f} ± {difference.standard_error:.4f} against {name}"
+    if not abs(difference.value) > _ERRORS * difference.standard_error:
+        return f"{text}, no difference that shows"
+    return text

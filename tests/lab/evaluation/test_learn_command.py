@@ -1,0 +1,114 @@
+"""``lagless learn`` as a user types it, on a tiny language model."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lagless.checkpoints import find_checkpoints
+from lagless.cli import main
+from lagless.lab.evaluation import held_out_documents, pad, sequence_losses
+from lagless.lab.learn import split_documents, text_documents
+from lagless.posthoc import combine_checkpoints
+
+
+@pytest.fixture
+def lagless(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lagless", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        captured = capsys.readouterr()
+        return exit.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def documents(tmp_path):
+    animals, places = ["cat", "dog", "cow", "pig"], ["mat", "log", "rug", "cot"]
+    texts = [
+        f"The {a} sat on the {p} and the {b} sat on the log. " * 4 for a in animals for b in animals for p in places
+    ]
+    (tmp_path / "held.txt").write_text("<|endoftext|>".join(texts[:40]))
+    return tmp_path / "held.txt"
+
+
+SMALL = ["--length", "48", "--batch-size", "16", "--evaluations", "4", "--ridge", "0.01"]
+
+
+def test_a_model_is_learned_written_and_reported(run, documents, tokenizer, tmp_path, lagless):
+    code, printed, progress = lagless("learn", run, "--data", documents, "-o", tmp_path / "model", *SMALL)
+    assert code == 0, progress
+    lines = printed.splitlines()
+    assert lines[0].startswith("learned weights: ") and "against live" in lines[0] and "against best rule" in lines[0]
+    assert "degrees of freedom" in printed and "schedule  " in printed and "best so far" in progress
+    assert not (tmp_path / "model.learning.json").exists()
+
+    record = json.loads((tmp_path / "model" / "lagless.json").read_text())
+    weights = np.array([source["weight"] for source in record["sources"]])
+    assert [source["step"] for source in record["sources"]] == [0, 10, 20, 30, 40, 50, 60]
+    assert weights.sum() == pytest.approx(1.0) and record["loss"] == "cross-entropy"
+
+    # what is written is the sum, and its loss on the documents that report is the one that was reported
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    (expected,) = combine_checkpoints(find_checkpoints(run).checkpoints, weights)
+    for name, tensor in model.state_dict().items():
+        if name in expected:
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
+    parts = split_documents(text_documents(str(documents), tokenizer, 48))
+    windows = [window for document in parts.report.documents for window in document.items]
+    measured = sequence_losses(model, pad(windows)).mean.value
+    assert measured == pytest.approx(record["learned"]["loss"]["value"], abs=1e-5)
+    assert record["learned"]["data"]["report"]["sha256"] == parts.report.digest
+    assert record["learned"]["data"]["fit"]["targets"] == parts.fit.size
+
+
+def test_a_loss_of_ones_own(run, documents, tmp_path, monkeypatch, lagless):
+    (tmp_path / "my_losses.py").write_text(
+        "import torch\n"
+        "def first_words(model, tokenizer, rows):\n"
+        "    ids = torch.tensor([tokenizer(row['text'])['input_ids'][:24] for row in rows])\n"
+        "    logits = model(input_ids=ids).logits[:, :-1]\n"
+        "    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction='none').mean(1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ["--loss", "my_losses:first_words", "--targets-per-weight", "1"]
+    code, _, errors = lagless("learn", run, "--data", documents, "-o", tmp_path / "model", *SMALL, *own)
+    assert code == 0, errors
+    record = json.loads((tmp_path / "model" / "lagless.json").read_text())
+    assert record["loss"] == "my_losses:first_words"
+    assert record["learned"]["data"]["fit"]["targets"] == record["learned"]["data"]["fit"]["documents"]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--loss", "my_losses"], "it must be module:function"),
+        (["--loss", "no_such_module_at_all:f"], "No module named"),
+        (["--loss", "json:nothing"], "json has no function nothing"),
+        (["--mode", "best"], "modes="),
+        (["--targets-per-weight", "100000"], "at least 100000 are needed"),
+        (["--steps", "50,60"], "3 or more"),
+        (["--ema-power", "0.5"], "without --prior"),
+        (["--prior", "ema", "--decay", "2"], "decay"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(run, documents, tmp_path, lagless, more, message):
+    code, _, errors = lagless("learn", run, "--data", documents, "-o", tmp_path / "model", *SMALL, *more)
+    assert code == 2 and message in errors and not (tmp_path / "model").exists()
+
+
+def test_documents_are_split_by_their_ends_and_count_once(tmp_path, tokenizer):
+    (tmp_path / "some.txt").write_text("one text<|endoftext|>\n another<|endoftext|>one text<|endoftext|>")
+    found = held_out_documents(str(tmp_path / "some.txt"), tokenizer, length=6)
+    end = tokenizer.eos_token_id
+    assert list(found) == ["one text", "another"]
+    assert [token for ids, _ in found["one text"] for token in ids] == [*tokenizer("one text")["input_ids"], end]
+    assert [len(ids) for ids, _ in found["another"]] == [6, 2]
+    with pytest.raises(ValueError, match="2 documents; at least 10"):
+        split_documents(text_documents(str(tmp_path / "some.txt"), tokenizer, 6))
