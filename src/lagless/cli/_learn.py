@@ -64,16 +64,15 @@ def learn_command(
     from lagless.checkpoints import absolute_path, find_checkpoints, parse_size
     from lagless.lab.evaluate import load_tokenizer
     from lagless.lab.learn import learn
-    from lagless.posthoc import write_combination
+    from lagless.posthoc import average_checkpoints
 
     output = absolute_path(output)
     state = output.with_name(f"{output.name}.learning.json") if state is None else state
     trajectory = find_checkpoints(run[0] if len(run) == 1 else run, integers("--steps", steps), start, start_step)
     where: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "overwrite": overwrite}
-    checkpoints = trajectory.checkpoints
-    write_combination(checkpoints, [1.0] * len(checkpoints), output, {}, dry_run=True, **where)
+    average_checkpoints(trajectory, None, output, dry_run=True, **where)  # refuses MODEL now rather than at the end
     state.parent.mkdir(parents=True, exist_ok=True)
-    documents, item_loss = _data_and_loss(data, loss, load_tokenizer(checkpoints[-1].folder), length)
+    documents, item_loss = _data_and_loss(data, loss, load_tokenizer(trajectory.checkpoints[-1].folder), length)
     found = learn(
         trajectory,
         documents,
@@ -91,10 +90,8 @@ def learn_command(
         progress=_progress,
     )
     print_learned(found)
-    labels = [{"step": step} for step in trajectory.steps]
-    write_combination(
-        checkpoints, found.weights, output, found.record() | {"loss": loss or "cross-entropy"}, labels=labels, **where
-    )
+    remarks = found.record() | {"loss": loss or "cross-entropy"}
+    average_checkpoints(trajectory, found.weights, output, remarks=remarks, **where)
     state.unlink(missing_ok=True)
     out.print(f"written to {output}", highlight=False, markup=False)
 
@@ -127,7 +124,9 @@ def _data_and_loss(data: str, loss: str | None, tokenizer: Any, length: int) -> 
 
 def print_learned(found: Learned) -> None:
     """Print the conclusion, the comparisons it rests on, and what the weights mean."""
-    from lagless.lab.learn import conclusions, schedule_in_words, schedule_of, sparkline
+    from lagless.cli._summaries import sparkline
+    from lagless.lab.learn import conclusions, schedule_in_words
+    from lagless.rules import schedule_of
 
     for line in conclusions(found):
         out.print(line, highlight=False, markup=False)
@@ -139,9 +138,10 @@ def print_learned(found: Learned) -> None:
         table.add_row(c.role, c.name, f"{c.loss.value:.4f} ± {c.loss.standard_error:.4f}", gain)
     out.print(table, highlight=False)
     low, high = min(0.0, float(found.weights.min())), float(found.weights.max())
-    out.print(f"weights   {sparkline(found.weights, low)}  {low:+.3f} to {high:+.3f}", highlight=False)
+    out.print(
+        f"weights   {sparkline((found.weights - low) / (high - low))}  {low:+.3f} to {high:+.3f}", highlight=False
+    )
     if found.steps is not None:
-        schedule = schedule_of(found.weights)
-        top = max(1.0, float(schedule.max()))
-        out.print(f"schedule  {sparkline(schedule, 0.0, top)}  0 to {top:.2f}", highlight=False)
+        schedule = schedule_of(found.weights)[1:]
+        out.print(f"schedule  {sparkline(schedule / max(1.0, float(schedule.max())))}", highlight=False)
         out.print(f"the learning-rate schedule they equal: {schedule_in_words(found)}", highlight=False)

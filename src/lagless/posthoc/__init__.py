@@ -7,7 +7,6 @@ from lagless.posthoc._average import (
     average_checkpoints as average_checkpoints,
     inspect_run as inspect_run,
 )
-from lagless.posthoc._combination import write_combination as write_combination
 from lagless.posthoc._combine import combine_checkpoints as combine_checkpoints
 from lagless.posthoc._notes import factors_note as factors_note, notes_on as notes_on, short_steps as short_steps
 from lagless.posthoc._weighted_sums import (

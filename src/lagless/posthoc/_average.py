@@ -127,6 +127,7 @@ def average_checkpoints(
     progress: Progress | None = None,
     dry_run: bool = False,
     group: Any = None,
+    remarks: Mapping[str, Any] | None = None,
 ) -> list[AverageSummary]:
     """Average the checkpoints of a run by one rule or many, in one pass over the files, into models that
     ``from_pretrained`` loads.
@@ -153,6 +154,7 @@ def average_checkpoints(
         dry_run: check everything that can be checked without reading weights, write nothing.
         group: processes of ``torch.distributed`` that divide the weight files among them, on a file system that all of
             them see. All call this with the same arguments; the result is that of one process, bit for bit.
+        remarks: what ``lagless.json`` is to say beside what it always says, such as how weights were found.
 
     Returns:
         One summary per rule, in the order of ``rules``.
@@ -189,7 +191,9 @@ def average_checkpoints(
             ranks=ranks,
             names=layout.share(ranks.rank, ranks.size),
         )
-        records = [_record(summary, trajectory, prints, accumulate, dtype) for summary in summaries]
+        records = [
+            {**_record(summary, trajectory, prints, accumulate, dtype), **(remarks or {})} for summary in summaries
+        ]
         writer.write_texts(RECORD, [json.dumps(record, indent=2, ensure_ascii=False) + "\n" for record in records])
     if ranks.rank == 0:
         _warn_of_copies(trajectory, prints)

@@ -4,8 +4,6 @@ from lagless.lab.learn._baselines import default_prior as default_prior
 from lagless.lab.learn._describe import (
     conclusions as conclusions,
     schedule_in_words as schedule_in_words,
-    schedule_of as schedule_of,
-    sparkline as sparkline,
 )
 from lagless.lab.learn._documents import (
     Document as Document,

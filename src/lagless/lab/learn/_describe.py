@@ -4,41 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from lagless.lab.learn._learned import Comparison, Learned
-from lagless.lab.learn._modes import Floats
+from lagless.rules import schedule_of
 
-_BLOCKS = "▁▂▃▄▅▆▇█"
-_WIDTH = 60
 _ERRORS = 2.0  # standard errors beyond which a difference is called one
-
-
-def sparkline(values: ArrayLike, low: float | None = None, high: float | None = None, width: int = _WIDTH) -> str:
-    """Return values as a line of blocks, the lowest for ``low`` and the highest for ``high``.
-
-    Args:
-        values: one number per block; where there are more than ``width``, neighbours are averaged.
-        low: the value of the lowest block; by default the least.
-        high: the value of the highest block; by default the greatest.
-        width: most blocks.
-
-    >>> sparkline([0.0, 0.5, 1.0])
-    '▁▅█'
-    """
-    numbers = np.asarray(values, dtype=np.float64)
-    if len(numbers) > width:
-        numbers = np.array([part.mean() for part in np.array_split(numbers, width)])
-    low = float(numbers.min()) if low is None else low
-    high = float(numbers.max()) if high is None else high
-    shares = np.clip((numbers - low) / (high - low), 0.0, 1.0) if high > low else np.ones(len(numbers))
-    return "".join(_BLOCKS[round(share * (len(_BLOCKS) - 1))] for share in shares.tolist())
-
-
-def schedule_of(weights: Floats) -> Floats:
-    """Return the multiplier c_j = Σ_{i≥j} w_i of the change from checkpoint j-1 to j, shape (N - 1,)."""
-    return np.cumsum(weights[::-1])[::-1][1:]
 
 
 def conclusions(found: Learned) -> Iterator[str]:
@@ -65,7 +34,7 @@ def conclusions(found: Learned) -> Iterator[str]:
 def schedule_in_words(found: Learned) -> str:
     """Return where along the run the schedule that the weights equal falls below 90 %, 50 % and 10 %."""
     assert found.steps is not None
-    schedule, steps = schedule_of(found.weights), found.steps
+    schedule, steps = schedule_of(found.weights)[1:], found.steps
     first, last = steps[0], steps[-1]
     below = []
     for level in (0.9, 0.5, 0.1):
