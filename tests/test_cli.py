@@ -226,7 +226,9 @@ def test_a_run_is_opened_once(run, tmp_path, monkeypatch):
     assert len(opened) == len(places)
 
 
-@pytest.mark.parametrize("command", [[], ["average"], ["inspect"], ["evaluate"], ["tune"], ["learn"], ["train"], ["theory"]])
+@pytest.mark.parametrize(
+    "command", [[], ["average"], ["inspect"], ["evaluate"], ["tune"], ["learn"], ["train"], ["theory"]]
+)
 def test_help_loads_no_torch(command):
     code = f"""
 import sys
