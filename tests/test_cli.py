@@ -53,6 +53,7 @@ def test_grid_writes_one_model_per_point(run, tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *(f"bema-ema_power={k}-bias_power={e}" for k in (0.2, 0.5) for e in (0.2, 0.4)),
         *(f"ema-ema_power={k}" for k in (0.2, 0.5)),
+        "lagless.json",  # which folders those are
     }
     weights = torch.tensor(trajectory_weights(EMA(ema_power=0.2, update_freq=100), [0, 100, 200, 300]))
     stored = safetensors.torch.load_file(tmp_path / "out" / "ema-ema_power=0.2" / "model.safetensors")["w"]

@@ -51,7 +51,7 @@ def test_ranges_land_where_the_library_finds_them(tmp_path: Path, dtype: str, sh
 
 def test_a_single_row_is_the_folder_itself(tmp_path: Path) -> None:
     _write(tmp_path / "deep" / "out", [""])
-    assert files_under(tmp_path) == ["deep", "deep/out", "deep/out/model.safetensors"]
+    assert files_under(tmp_path) == ["deep", "deep/out", "deep/out/lagless.json", "deep/out/model.safetensors"]
 
 
 def test_file_modes_follow_the_umask(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_overwriting_replaces_averages_and_nothing_else(tmp_path: Path) -> None:
     (out / "bema" / "lagless.json").touch()
     check_destination(out, [], True)
     _write(out, [""])
-    assert files_under(tmp_path) == ["out", "out/model.safetensors"]
+    assert files_under(tmp_path) == ["out", "out/lagless.json", "out/model.safetensors"]
 
 
 def test_a_failed_overwrite_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lagless import BEMA, EMA, Averager, WindowAverage
-from lagless.checkpoints import CheckpointError, open_checkpoint
-from lagless.checkpoints._atomic_folder import Destination
+from lagless.checkpoints import CheckpointError, _atomic_folder, open_checkpoint
 from lagless.checkpoints._writer import ModelWriter
 from lagless.execution import RankError
 from lagless.integrations.distributed import export_model
@@ -224,7 +223,7 @@ def check_ranks_divide_the_product(rank: int, world: int, folder: Path) -> None:
 
 def check_one_rank_failing_leaves_no_average(rank: int, world: int, folder: Path) -> None:
     run = folder.parent / "check_stored_checkpoints" / "single"
-    for victim, owner, name in ((world - 1, ModelWriter, "__call__"), (0, Destination, "_replace")):
+    for victim, owner, name in ((world - 1, ModelWriter, "__call__"), (0, _atomic_folder, "_put_in_place")):
         original = getattr(owner, name)
 
         def fail(*arguments, victim=victim, original=original) -> None:

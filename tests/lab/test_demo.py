@@ -62,7 +62,7 @@ def test_everything_is_written(demo):
     result, _ = demo
     found = {path.name for path in result.out.iterdir()}
     plots = {"curves.png", "differences.png", "ages.png", "memory.png"}
-    assert found == {"report.html", "metrics.jsonl", "demo.json", "run", "averages"} | plots
+    assert found == {"report.html", "lagless.json", "metrics.jsonl", "demo.json", "run", "averages"} | plots
     checkpoints = {path.name for path in (result.out / "run").iterdir()}
     assert checkpoints == {f"checkpoint-{step}" for step in range(0, STEPS + 1, result.plan.interval)}
     assert not list(result.out.parent.glob(".*"))

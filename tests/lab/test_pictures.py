@@ -179,6 +179,7 @@ def test_the_page_needs_nothing_beside_it_and_every_figure_has_a_caption(laborat
         assert len(picture.caption) > 100 and "nan" not in picture.caption.lower().split()
     assert {path.name for path in laboratory.out.iterdir()} == {
         "laboratory.html",
+        "lagless.json",
         "numbers.json",
         *(f"{picture.name}.png" for picture in laboratory.pictures),
     }

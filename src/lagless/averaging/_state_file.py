@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
+from contextlib import ExitStack
+from io import BufferedWriter
 from os import PathLike
 from pathlib import Path
 
 import safetensors
 
 from lagless.averaging._state import State
-from lagless.checkpoints import Bytes, TensorInfo, build_header, byte_view
+from lagless.checkpoints import Bytes, TensorInfo, atomic_file, build_header, byte_view
 from lagless.execution import gather, ranks_of
 
 _KEY = "lagless"
@@ -24,27 +24,28 @@ def save_file(state: State, path: str | PathLike[str]) -> None:
     """
     path, tensors = Path(path).expanduser(), state["tensors"]
     ranks = ranks_of(tensors.values())
-    # Replicas may save to one path at once, and processes on two machines can have the same id.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     header, offsets = build_header(infos, {_KEY: json.dumps(state["meta"])})
 
-    def write(content: bytes | Bytes, mode: str) -> None:
-        if ranks.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open(mode) as file:
+    with ExitStack() as stack:
+        files: list[BufferedWriter] = []
+
+        def begin() -> None:
+            if ranks.rank == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.append(stack.enter_context(stack.enter_context(atomic_file(path)).open("wb")))
+            write(header)
+
+        def write(content: bytes | Bytes) -> None:
+            for file in files:
                 file.write(content)
 
-    ranks.require_same(list(offsets), "the tensors")
-    try:
-        ranks.together(lambda: write(header, "wb"))
+        ranks.require_same(list(offsets), "the tensors")
+        ranks.together(begin)
         for name in offsets:
             whole = gather(tensors[name])
-            ranks.together(lambda whole=whole: write(byte_view(whole.cpu().contiguous()), "ab"))
-        ranks.together(lambda: os.replace(partial, path) if ranks.rank == 0 else None)
-    finally:
-        if ranks.rank == 0:
-            partial.unlink(missing_ok=True)
+            ranks.together(lambda whole=whole: write(byte_view(whole.cpu().contiguous())))
+        ranks.together(stack.close)
 
 
 def load_file(path: str | PathLike[str]) -> State:

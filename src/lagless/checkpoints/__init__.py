@@ -1,12 +1,11 @@
 """Checkpoints on disk: layouts, formats, reading, writing, folders that appear whole or not at all."""
 
+from lagless._deprecated import former_names as _former_names
 from lagless.checkpoints._alike import check_alike as check_alike
-from lagless.checkpoints._atomic_folder import (
-    RECORD as RECORD,
-    Destination as Destination,
-    check_destination as check_destination,
-)
+from lagless.checkpoints._atomic_file import atomic_file as atomic_file
+from lagless.checkpoints._atomic_folder import atomic_folder as atomic_folder, check_destination as check_destination
 from lagless.checkpoints._checkpoint import Checkpoint as Checkpoint
+from lagless.checkpoints._contents import RECORD as RECORD, remove_own_files as remove_own_files
 from lagless.checkpoints._descriptors import spare_descriptors as spare_descriptors
 from lagless.checkpoints._errors import CheckpointError as CheckpointError, reporting as reporting
 from lagless.checkpoints._fingerprint import combine_digests as combine_digests, fingerprint as fingerprint
@@ -37,3 +36,5 @@ from lagless.checkpoints._trajectory import (
 )
 from lagless.checkpoints._weight_names import is_running_statistic as is_running_statistic
 from lagless.checkpoints._writer import ModelWriter as ModelWriter
+
+__getattr__ = _former_names(__name__, {"Destination": "lagless.checkpoints:atomic_folder"})

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lagless.checkpoints._atomic_folder import RECORD
+from lagless.checkpoints._contents import RECORD, records_average
 from lagless.checkpoints._errors import CheckpointError
 from lagless.checkpoints._open import SUFFIXES, holds_weights
 
@@ -19,9 +19,9 @@ _LOOKED_FOR = (
 
 
 def holds_averages(folder: Path) -> bool:
-    """Whether lagless wrote a folder: averages are no checkpoints of the run they were made from."""
+    """Whether lagless wrote averages to a folder: they are no checkpoints of the run they were made from."""
     if (folder / RECORD).is_file():
-        return True
+        return records_average(folder)
     return not holds_weights(folder) and any((entry / RECORD).is_file() for entry in folder.iterdir())
 
 

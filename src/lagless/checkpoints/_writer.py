@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lagless.checkpoints._atomic_folder import Destination
+from lagless.checkpoints._atomic_folder import atomic_folder
 from lagless.checkpoints._descriptors import spare_descriptors
 from lagless.checkpoints._errors import CheckpointError
 from lagless.checkpoints._layout import Layout
@@ -28,8 +28,7 @@ class ModelWriter:
     :func:`lagless.posthoc._weighted_sums.stream_product`.
 
     On entry every weight file is made at its full size, so that a full disk shows before any work is done. On a normal
-    exit the folders appear under their names; on an error nothing is left. The contents of files are handed to the
-    operating system, not forced onto the disk.
+    exit the files are forced onto the disk and the folders appear under their names; on an error nothing is left.
 
     Args:
         out: the output folder.
@@ -39,7 +38,7 @@ class ModelWriter:
         dtype: the type for ``config.json`` to name; ``"auto"`` leaves it as it is.
         ranks: processes that write into the same folders; all of them enter and leave together, and the first makes the
             folders and puts them in place.
-        overwrite: whether what ``out`` holds on entry may be replaced.
+        overwrite: whether what lagless wrote to ``out`` before may be replaced.
         permissions: the most that group and others get on what is written.
 
     Raises:
@@ -80,6 +79,8 @@ class ModelWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if kind is None:
+            # What other ranks wrote is on the disk before the first one puts the folders in place.
+            self._ranks.together(self._sync)
             self._ranks.together(lambda: self._stack.__exit__(None, None, None))
         else:
             self._stack.__exit__(kind, *details)  # type: ignore[arg-type]
@@ -107,9 +108,8 @@ class ModelWriter:
         self._ranks.together(lambda: write() if self._ranks.rank == 0 else None)
 
     def _make(self, stack: ExitStack) -> Path:
-        temporary = stack.enter_context(Destination(self._out, self._overwrite))
+        temporary = stack.enter_context(atomic_folder(self._out, self._overwrite, self._permissions))
         with self._reporting():
-            self._permissions.apply_to(temporary)
             for name in self._names:
                 self._prepare(temporary / name)
         return temporary
@@ -161,6 +161,11 @@ class ModelWriter:
                 f"{self._out}: tensor {name!r} reaches {float(before.abs().max()):g}, more than float16 can hold "
                 "(65504). Choose dtype bfloat16 or float32."
             )
+
+    def _sync(self) -> None:
+        with self._reporting():
+            for descriptor in self._descriptors.values():
+                os.fsync(descriptor)
 
     def _close(self) -> None:
         while self._descriptors:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lagless.averaging import Averager, HoldsAverages
-from lagless.checkpoints import RECORD, Destination, check_destination
+from lagless.checkpoints import RECORD, atomic_folder, remove_own_files
 from lagless.optim import AveragedOptimizer
 from lagless.rules import rule_to_dict
 
@@ -45,15 +44,14 @@ def export_folder(out: Path, averager: HoldsAverages, name: str) -> Iterator[Pat
     """A temporary folder that becomes ``out``, record included, when the ``with`` block ends well.
 
     Raises:
-        CheckpointError: if ``out`` holds what is no export.
+        CheckpointError: if ``out`` holds what lagless did not write.
     """
-    check_destination(out, [], overwrite=True)
-    with Destination(out) as temporary:
+    with atomic_folder(out) as temporary:
         yield temporary
         (temporary / RECORD).write_text(record_text(averager, name), encoding="utf-8")
 
 
 def remove_export(out: Path) -> None:
-    """Remove an earlier export; anything else stays."""
+    """Remove the files of an earlier export, and the folder if nothing else is in it."""
     if (out / RECORD).is_file():
-        shutil.rmtree(out)
+        remove_own_files(out)

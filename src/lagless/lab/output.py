@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from lagless.checkpoints import CheckpointError, atomic_file, check_destination
 
 
 def check_output(out: Path, overwrite: bool, records: Sequence[str], writer: str) -> None:
@@ -20,7 +21,7 @@ def check_output(out: Path, overwrite: bool, records: Sequence[str], writer: str
         writer: who writes, for the message.
 
     Raises:
-        ValueError: if ``out`` is a file, is not empty (without ``overwrite``), or was not written by ``writer``.
+        ValueError: if ``out`` is a file, is not empty (without ``overwrite``), or holds what ``writer`` did not write.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={str(out)!r} is a file. Choose another folder.")
@@ -33,16 +34,21 @@ def check_output(out: Path, overwrite: bool, records: Sequence[str], writer: str
             f"out={str(out)!r}: --overwrite replaces the whole folder, and {writer} did not write this one (it has no "
             f"{' and '.join(missing)}). Choose another folder, or remove this one yourself."
         )
+    try:
+        check_destination(out, [], overwrite)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a record at once or not at all; numbers that are not finite become null."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(json.dumps(_finite(record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, json.dumps(_finite(record), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file at once or not at all."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -148,7 +148,7 @@ def average_checkpoints(
         max_shard_size: largest weight file; an adapter is always one file.
         memory: bytes for buffers.
         accumulate: type to sum in.
-        overwrite: replace ``out`` if it holds earlier averages.
+        overwrite: replace ``out`` if all that it holds was written by lagless.
         allow_nonfinite: average NaN and infinity as they are, instead of refusing them.
         progress: called with the bytes read so far and in all.
         dry_run: check everything that can be checked without reading weights, write nothing.

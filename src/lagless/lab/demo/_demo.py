@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from lagless._version import __version__
-from lagless.checkpoints import Destination
+from lagless.checkpoints import atomic_folder
 from lagless.lab.demo._plan import Plan, Shape
 from lagless.lab.demo._results import DemoResult
 from lagless.lab.output import check_output
@@ -77,7 +77,7 @@ def run_demo(
     logging.disable_progress_bar()  # one bar per saved checkpoint would tear ours apart
     torch.set_num_threads(min(threads, _THREADS))
     try:
-        with Destination(out) as folder:
+        with atomic_folder(out) as folder:
             result = run_study(plan, corpus, folder, out, Display(console))
             with Display(console).task("drawing plots, writing the report"):
                 plots = draw_plots(result, folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
+from lagless.checkpoints import atomic_file
 from lagless.lab.pictures._advice import findings
 from lagless.lab.pictures._drawing import (
     COLOURS,
@@ -97,11 +98,6 @@ def save_advice(advice: Advice, path: str | PathLike[str]) -> Path:
     path = Path(path).expanduser()
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         raise ValueError(f"plot={str(path)!r}; it must be a .png file in a folder that exists.")
-    temporary = path.with_name(f".{path.stem}.tmp.png")
-    try:
-        with style():
-            draw_advice(advice).figure.savefig(temporary, bbox_inches="tight")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as partial, style():
+        draw_advice(advice).figure.savefig(partial, format="png", bbox_inches="tight")
     return path

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lagless.checkpoints import atomic_file
 from lagless.theory import (
     AdamEstimator,
     Estimate,
@@ -170,6 +171,5 @@ def _percent(value: Estimate) -> str:
 
 def write_json(record: object, path: Path) -> None:
     """Write a JSON file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -74,9 +74,13 @@ class Picture:
     def save(self, folder: Path) -> Path:
         """Write ``NAME.png`` into ``folder``."""
         path = folder / f"{self.name}.png"
-        with style():  # some settings are looked up when a figure is drawn
-            self.figure.savefig(path, bbox_inches="tight")
+        self.write(path)
         return path
+
+    def write(self, path: Path) -> None:
+        """Write the figure as PNG, whatever the file is called."""
+        with style():  # some settings are looked up when a figure is drawn
+            self.figure.savefig(path, format="png", bbox_inches="tight")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lagless._version import __version__
-from lagless.checkpoints import Destination
+from lagless.checkpoints import atomic_file, atomic_folder
 from lagless.lab.output import check_output
 from lagless.lab.pictures._distances import draw_figure_2, draw_figure_14a, draw_ten_rules, follow_rules
 from lagless.lab.pictures._drawing import Picture, plain, style
@@ -95,7 +95,7 @@ def run_laboratory(
     parts = _parts(seed, effort)
     sections: dict[str, list[Picture]] = {}
     seconds: dict[str, float] = {}
-    with Destination(out) as folder, style(), _progress(console, len(parts)) as show:
+    with atomic_folder(out) as folder, style(), _progress(console, len(parts)) as show:
         for section, name, draw in parts:
             show(name)
             before = time.perf_counter()
@@ -128,10 +128,10 @@ def make_primer_figures(folder: str | PathLike[str], console: Console | None = N
     with style(), _progress(console, len(PRIMERS)) as show:
         for name, draw in PRIMERS.items():
             show(name)
-            with Destination(folder / f".{name}") as temporary:
-                made = draw().save(temporary)
-                written.append(made.replace(folder / made.name))
-            (folder / f".{name}").rmdir()
+            picture = draw()
+            written.append(folder / f"{picture.name}.png")
+            with atomic_file(written[-1]) as partial:
+                picture.write(partial)
     console.print(f"{len(written)} figures written to {escape(str(folder))}", highlight=False)
     return written
 

@@ -9,6 +9,7 @@ from html import escape
 from os import PathLike
 from pathlib import Path
 
+from lagless.lab.output import write_text
 from lagless.lab.report._compare import Finding, Side, compare
 from lagless.lab.report._figures import draw
 from lagless.lab.report._study import Setting, Study
@@ -55,15 +56,15 @@ def write_reports(studies: Sequence[Study], folder: str | PathLike[str]) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     found = [compare(study) for study in studies]
     for study, findings in zip(studies, found, strict=True):
-        (folder / f"{study.name}.md").write_text(_markdown(study, findings), encoding="utf-8")
+        write_text(folder / f"{study.name}.md", _markdown(study, findings))
     body = "\n".join(_section(study, findings) for study, findings in zip(studies, found, strict=True))
     page = folder / "report.html"
-    page.write_text(
+    write_text(
+        page,
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>lagless: studies</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<h1>Studies</h1>\n"
         f"<p class='soft'>{escape(RULE)}</p>\n{_overview(studies, found)}\n{body}\n</body>\n</html>\n",
-        encoding="utf-8",
     )
     return page
 

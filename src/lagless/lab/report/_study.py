@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lagless.checkpoints import atomic_file
 
 Value = bool | int | float | str | None
 Setting = dict[str, Value]
@@ -135,9 +136,5 @@ def save_study(study: Study, path: str | PathLike[str]) -> None:
     document: dict[str, Any] = {"format": study.format} | study.model_dump(exclude_defaults=True)
     runs = ",\n".join("  " + json.dumps(run) for run in document.pop("runs"))
     head = json.dumps(document, indent=1, ensure_ascii=False)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with atomic_file(path) as partial:
         partial.write_text(f'{head[:-2]},\n "runs": [\n{runs}\n ]\n}}\n', encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

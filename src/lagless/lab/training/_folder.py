@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from lagless.lab.output import write_text
 from lagless.lab.recipes import Recipe, load_recipe
 
 RECIPE, RESULT, METRICS = "recipe.yaml", "result.json", "metrics.jsonl"
@@ -116,16 +115,6 @@ def last_checkpoint(folder: Path, averages: bool) -> Path | None:
         and all(any((path / name).exists() for name in names) for names in needed)
     ]
     return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

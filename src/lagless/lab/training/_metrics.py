@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lagless.lab.training._folder import write_text
+from lagless.lab.output import write_text
 
 _TRAINING = ("loss", "grad_norm", "learning_rate")
 

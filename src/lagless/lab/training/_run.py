@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from lagless.checkpoints import Destination
+from lagless.checkpoints import atomic_folder
 from lagless.lab.environment import commit, machine, versions
 from lagless.lab.recipes import Recipe
 from lagless.lab.training._datasets import Prepared, prepare
@@ -122,6 +122,6 @@ def memory_errors(recipe: Recipe) -> Iterator[None]:
 
 
 def _save_start(model: PreTrainedModel, prepared: Prepared, folder: Path) -> None:
-    with Destination(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         prepared.tokenizer.save_pretrained(temporary)

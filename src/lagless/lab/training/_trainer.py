@@ -24,7 +24,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from lagless.checkpoints import Destination
+from lagless.checkpoints import atomic_folder
 from lagless.integrations.transformers import AveragingCallback
 from lagless.lab.recipes import Recipe, SftData
 from lagless.lab.training._datasets import Prepared
@@ -160,7 +160,7 @@ class RecipeTrainer(Trainer):
             return
         try:
             if self.args.should_save:
-                with Destination(folder) as temporary:
+                with atomic_folder(folder) as temporary:
                     self.save_model(str(temporary), _internal_call=True)
             else:
                 self.save_model(str(folder), _internal_call=True)  # takes part, writes nothing
