@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lagless.checkpoints import atomic_file
 from lagless.lab.environment import commit, machine
 from lagless.lab.recipes import parse_override
 from lagless.lab.report import Study, save_study
@@ -118,6 +119,5 @@ def once(path: Path, compute: Callable[[], Any]) -> Any:
 
 def store(path: Path, content: Any) -> None:
     """Write JSON, complete or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(partial, path)
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(content), encoding="utf-8")

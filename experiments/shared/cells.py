@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lagless.checkpoints import atomic_file
+
 
 def store(path: Path, content: Any, *, indent: int | None = None) -> None:
     """Write JSON atomically: readers see the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     separators = (",", ":") if indent is None else None
     text = json.dumps(content, indent=indent, separators=separators, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with atomic_file(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def load(path: Path) -> Any:
@@ -36,10 +36,8 @@ def once(path: Path, compute: Callable[[], Any]) -> Any:
 def store_array(path: Path, array: np.ndarray) -> None:
     """Write a ``.npy`` file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with atomic_file(path) as partial, partial.open("wb") as file:
         np.save(file, array)
-    os.replace(partial, path)
 
 
 def array_once(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ from experiments.shared.comparisons import (
     losses,
 )
 from experiments.shared.decision import Standing, decide, mean_over_conditions, standings
+
+from lagless.checkpoints import atomic_file
 
 PARTS = ("reporting", "plays", "stories")
 TEXTS = {"reporting": "books", "plays": "plays", "stories": "stories"}
@@ -57,9 +58,8 @@ def write_summary(plan: Plan, cells: Sequence[Cell], folder: Path) -> dict[str, 
     """Write ``summary.json`` and ``README.md``; return what is in the former."""
     summary = summarise(plan, cells)
     store(folder / "summary.json", summary, indent=1)
-    text, partial = _page(plan, summary), folder / ".README.md.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, folder / "README.md")
+    with atomic_file(folder / "README.md") as partial:
+        partial.write_text(_page(plan, summary), encoding="utf-8")
     return summary
 
 

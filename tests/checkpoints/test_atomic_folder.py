@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lagless.checkpoints import (
     RECORD,
     CheckpointError,
     _atomic_folder,
+    _durability,
     _leftovers,
     _owners,
     atomic_folder,
@@ -230,6 +231,22 @@ def test_what_came_into_the_former_folder_of_a_killed_run_is_kept(out: Path) -> 
         _write(out, "new")
     (kept,) = out.parent.glob("out.kept-*")
     assert (kept / "mine.txt").read_text() == "mine"
+
+
+def test_files_reach_the_disk_before_the_folder_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    for owner, name in ((_durability, "sync"), (_atomic_folder, "sync"), (os, "rename")):
+        call = getattr(owner, name)
+
+        def noted(path: Path, *more: Path, call: Callable[..., None] = call) -> None:
+            events.append(f"{path.name[:8]}{' renamed' * len(more)}")
+            call(path, *more)
+
+        monkeypatch.setattr(owner, name, noted)
+    with atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "deep").mkdir()
+        (temporary / "deep" / "text").touch()
+    assert events == ["text", "deep", "lagless.", ".out.tmp", ".out.tmp renamed", tmp_path.name[:8]]
 
 
 # Permissions

@@ -68,7 +68,7 @@ def test_whatever_else_is_in_a_folder_is_noticed_and_stays(
         assert (files_in(out) if out.exists() else {}) == added
 
 
-@pytest.mark.parametrize("change", ["grown", "link", "linked folder", "empty folder", "record of its own"])
+@pytest.mark.parametrize("change", ["grown", "link", "link of that size", "linked folder", "empty folder", "record of its own"])
 def test_what_is_no_listed_file_counts_as_foreign(tmp_path: Path, change: str) -> None:
     out = tmp_path / "out"
     with atomic_folder(out) as temporary:
@@ -79,6 +79,10 @@ def test_what_is_no_listed_file_counts_as_foreign(tmp_path: Path, change: str) -
         (out / stranger).write_text('{"by hand": true}')
     elif change == "link":
         (out / stranger).symlink_to(out / "config.json")
+    elif change == "link of that size":
+        stranger = "config.json"
+        (out / stranger).unlink()
+        (out / stranger).symlink_to("to")
     elif change == "linked folder":
         (tmp_path / "elsewhere").mkdir()
         (out / stranger).symlink_to(tmp_path / "elsewhere")

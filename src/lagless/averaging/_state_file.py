@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from io import BufferedWriter
 from os import PathLike
 from pathlib import Path
+from typing import IO, Any
 
 import safetensors
 
@@ -28,7 +28,7 @@ def save_file(state: State, path: str | PathLike[str]) -> None:
     header, offsets = build_header(infos, {_KEY: json.dumps(state["meta"])})
 
     with ExitStack() as stack:
-        files: list[BufferedWriter] = []
+        files: list[IO[Any]] = []
 
         def begin() -> None:
             if ranks.rank == 0:
