@@ -1,7 +1,7 @@
 """Kill runs at random moments, and look at what they leave: ``python tests/checkpoints/kill_runs.py 300``.
 
-Each run is a process of its own that is killed with SIGKILL, in turn after a random time and at a random one of its
-calls that open, rename or remove files or list folders. Afterwards the output must be what it was, or complete, and
+Each run is a process of its own that is killed with SIGKILL, in turn after a random time, at a random one of its calls
+that open, rename or remove files or list folders, and at one of the last of those calls. Afterwards the output must be what it was, or complete, and
 the next run must leave nothing of the killed one.
 """
 
@@ -113,8 +113,12 @@ class Victim:
         self._new = self._work.contents()
         assert self._new is not None and self._new != self._old
 
-    def kill(self, at_call: bool, chance: random.Random) -> str:
+    def kill(self, kind: int, chance: random.Random) -> str:
         """Kill one run, then let one go on to its end.
+
+        Args:
+            kind: 0 or 2 for a kill after a random time, 1 at a random call, 3 at one of the last calls.
+            chance: source of randomness.
 
         Returns:
             What was found at the output after the kill: "absent", "old", "new" or, between two renames, "put back".
@@ -124,9 +128,10 @@ class Victim:
         _clear(work.out)
         _child(work.begin)
         assert work.contents() == self._old
-        # A run puts its output in place in a moment, but with a good part of its calls.
-        at = chance.randrange(self._calls) if at_call else None
-        after = None if at_call else chance.uniform(0.0, 1.05 * self._seconds)
+        # A run puts its output in place in a moment, with a few dozen calls.
+        first = 0 if kind == 1 else max(0, self._calls - 60)
+        at = chance.randrange(first, self._calls) if kind % 2 else None
+        after = None if kind % 2 else chance.uniform(0.0, 1.05 * self._seconds)
         _child(lambda: work.write(0.5), at, after)
         left = work.contents()
         found = "absent" if left is None else "old" if left == self._old else "new" if left == self._new else "BROKEN"
@@ -224,8 +229,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         victims = [Victim(kind, Path(folder, kind)) for kind in KINDS]
         for number in range(options.kills):
-            place = number // 2 % len(KINDS)
-            counts[list(KINDS)[place]][victims[place].kill(number % 2 == 1, chance)] += 1
+            kind, place = divmod(number % (4 * len(KINDS)), len(KINDS))
+            counts[list(KINDS)[place]][victims[place].kill(kind, chance)] += 1
     for kind, found in counts.items():
         print(f"{kind}: {found.total()} kills, {', '.join(f'{n} {what}' for what, n in sorted(found.items()))}")
     bad = sum(n for found in counts.values() for what, n in found.items() if what.isupper())

@@ -8,10 +8,19 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import save_file
 
-from lagless.checkpoints import RECORD, CheckpointError, atomic_folder, check_destination, remove_own_files
-from lagless.checkpoints._contents import foreign_files
+from lagless.checkpoints import (
+    RECORD,
+    CheckpointError,
+    atomic_folder,
+    check_destination,
+    find_checkpoints,
+    remove_own_files,
+)
+from lagless.checkpoints._contents import foreign_files, records_average
 
 NAMES = st.sampled_from(["config.json", "model.safetensors", "a", "b", "ä b", ".hidden", "lagless.json.bak"])
 PATHS = st.lists(NAMES, min_size=1, max_size=3).map("/".join)
@@ -68,7 +77,9 @@ def test_whatever_else_is_in_a_folder_is_noticed_and_stays(
         assert (files_in(out) if out.exists() else {}) == added
 
 
-@pytest.mark.parametrize("change", ["grown", "link", "link of that size", "linked folder", "empty folder", "record of its own"])
+@pytest.mark.parametrize(
+    "change", ["grown", "link", "link of that size", "linked folder", "empty folder", "record of its own"]
+)
 def test_what_is_no_listed_file_counts_as_foreign(tmp_path: Path, change: str) -> None:
     out = tmp_path / "out"
     with atomic_folder(out) as temporary:
@@ -157,6 +168,17 @@ def test_a_removal_that_was_interrupted_can_go_on(tmp_path: Path, monkeypatch: p
             remove_own_files(out)
         assert foreign_files(out) == []
         assert remove_own_files(out)
+
+
+def test_a_checkpoint_with_a_list_is_no_average(tmp_path: Path) -> None:
+    for step, record in ((0, {}), (1, {}), (2, {"rule": {}})):
+        with atomic_folder(tmp_path / f"checkpoint-{step}") as temporary:
+            save_file({"w": torch.ones(2) * step}, temporary / "model.safetensors")
+            write(temporary, {RECORD: json.dumps(record)} if record else {})
+    assert find_checkpoints(tmp_path).steps == (0, 1)
+    assert [records_average(tmp_path / f"checkpoint-{step}") for step in range(4)] == [False, False, True, False]
+    write(tmp_path / "checkpoint-1", {RECORD: "damaged"})
+    assert records_average(tmp_path / "checkpoint-1")
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:
