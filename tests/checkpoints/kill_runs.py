@@ -1,8 +1,8 @@
 """Kill runs at random moments, and look at what they leave: ``python tests/checkpoints/kill_runs.py 300``.
 
 Each run is a process of its own that is killed with SIGKILL, in turn after a random time, at a random one of its calls
-that open, rename or remove files or list folders, and at one of the last of those calls. Afterwards the output must be what it was, or complete, and
-the next run must leave nothing of the killed one.
+that open, rename or remove files or list folders, and at one of the last of those calls. Afterwards the output must be
+what it was, or complete, and the next run must leave nothing of the killed one.
 """
 
 from __future__ import annotations

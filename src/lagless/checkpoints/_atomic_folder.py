@@ -116,12 +116,12 @@ def atomic_folder(
         usual = stat.S_IMODE(temporary.stat().st_mode)
         temporary.chmod(0o700)
         yield temporary
-        list_files(temporary)
-        permissions.apply_to(temporary / RECORD)
-        temporary.chmod(usual)
-        for most in (permissions, Permissions(folders=out.stat().st_mode if out.is_dir() else 0o777)):
-            most.apply_to(temporary)
         try:
+            list_files(temporary)
+            permissions.apply_to(temporary / RECORD)
+            temporary.chmod(usual)
+            for most in (permissions, Permissions(folders=out.stat().st_mode if out.is_dir() else 0o777)):
+                most.apply_to(temporary)
             sync_folder(temporary)
             _put_in_place(out, owner, seen)
             sync(out.parent)
