@@ -20,8 +20,8 @@ _LOOKED_FOR = (
 
 def holds_averages(folder: Path) -> bool:
     """Whether lagless wrote averages to a folder: they are no checkpoints of the run they were made from."""
-    if (folder / RECORD).is_file():
-        return records_average(folder)
+    if records_average(folder):
+        return True
     return not holds_weights(folder) and any((entry / RECORD).is_file() for entry in folder.iterdir())
 
 
