@@ -171,7 +171,7 @@ def test_a_removal_that_was_interrupted_can_go_on(tmp_path: Path, monkeypatch: p
 
 
 def test_a_checkpoint_with_a_list_is_no_average(tmp_path: Path) -> None:
-    for step, record in ((0, {}), (1, {}), (2, {"rule": {}})):
+    for step, record in ((0, {}), (1, {}), (2, {"lagless": "0.1.0", "rule": {}})):
         with atomic_folder(tmp_path / f"checkpoint-{step}") as temporary:
             save_file({"w": torch.ones(2) * step}, temporary / "model.safetensors")
             write(temporary, {RECORD: json.dumps(record)} if record else {})

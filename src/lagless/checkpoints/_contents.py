@@ -79,7 +79,7 @@ def records_average(folder: Path) -> bool:
         return False
     except (OSError, ValueError, RecursionError):
         return True  # nothing else has that name
-    return not isinstance(record, dict) or "rule" in record or "files" not in record
+    return not isinstance(record, dict) or record.keys() != {"lagless", "files"}
 
 
 def own_files(folder: Path) -> Iterator[Path]:
