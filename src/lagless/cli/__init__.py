@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from lagless._version import __version__
 from lagless.cli._average import average, inspect_command
+from lagless.cli._choose import choose
 from lagless.cli._console import err, out
 from lagless.cli._demo import demo
 from lagless.cli._evaluate import evaluate
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command("demo")(demo)
 app.command("average")(average)
 app.command("inspect")(inspect_command)
+app.command("choose")(choose)
 app.command("report")(report)
 app.command("recipes")(recipes)
 app.command("train")(train)

@@ -12,7 +12,15 @@ from typing import Annotated, Any
 import typer
 
 from lagless._signatures import choices_of, first_sentence
-from lagless.rules import Rule, RuleArgument, common_update_freq, rule_arguments, rule_names, rules_from_settings
+from lagless.rules import (
+    Rule,
+    RuleArgument,
+    common_update_freq,
+    hyperparameters,
+    rule_arguments,
+    rule_names,
+    rules_from_settings,
+)
 
 RuleNames = Annotated[list[str], typer.Option("--rule", help=f"{', '.join(rule_names())}; may be repeated.")]
 Grid = Annotated[
@@ -79,7 +87,7 @@ def settings_of(rule: Rule | None) -> str:
     if rule is None:
         return "weights as given"
     defaults = inspect.signature(type(rule)).parameters
-    changed = {name: value for name, value in vars(rule).items() if value != defaults[name].default}
+    changed = {name: value for name, value in hyperparameters(rule).items() if value != defaults[name].default}
     return ", ".join(f"{name}={value}" for name, value in changed.items() if value is not None)
 
 

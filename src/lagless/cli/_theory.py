@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lagless.cli._console import out
+from lagless.cli._console import err, out
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,7 +41,7 @@ def choose(
     distance: Annotated[float | None, typer.Option(help="Distance of θ_0 from the minimum per parameter.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     run: Annotated[
-        Path | None, typer.Option(help="Estimate what is not given from the checkpoints of this run.")
+        Path | None, typer.Option(help="Deprecated, see lagless choose: estimate what is not given from this run.")
     ] = None,
     start: Annotated[Path | None, typer.Option(help="Checkpoint that is θ_0 of --run.")] = None,
     measure: Annotated[Literal["loss", "distance"], typer.Option(help="What settings are ordered by.")] = "loss",
@@ -55,6 +55,12 @@ def choose(
 
     if plot is not None:
         _require_matplotlib("choose --plot")
+    if run is not None:
+        err.print(
+            f"note: --run is deprecated: it needs a run of SGD that has settled. lagless choose {run} is for any run.",
+            highlight=False,
+            markup=False,
+        )
     advise(
         steps=steps,
         curvature_min=curvature_min,
