@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from experiments.shared.averages import FRACTIONS, Average, endpoints, power_rules, profile_weights, scale_free_rules
+from experiments.shared.averages import FRACTIONS, SHARES, Average, endpoints, power_rules, scale_free_rules
 from experiments.shared.cells import array_once, once
 from experiments.shared.comparisons import Best, Claim, by_condition, compare, judge
 from experiments.shared.decision import decide, mean_over_conditions, standings
 from experiments.shared.training import Setting
 from experiments.studies import paper_clock
 
-from lagless import EMA, WindowAverage, mean_age, trajectory_weights
+from lagless import WindowAverage, mean_age, trajectory_weights
 from lagless.lab.statistics import Verdict
 
 STEPS = list(range(0, 7201, 100))
@@ -46,10 +46,22 @@ def test_the_papers_defaults_at_the_papers_clock():
     assert (bema["gamma"], bema["phi"], bema["T"]) == (1.0, 400, 7200)
 
 
+def profile(f: float) -> np.ndarray:
+    """Weights of the EMA of relative width f: w_i = (t_i^p - t_(i-1)^p)/T^p, p = ln 2/f."""
+    return np.diff((np.array(STEPS) / STEPS[-1]) ** (math.log(2) / f), prepend=0.0)
+
+
 @pytest.mark.parametrize("f", FRACTIONS)
-def test_scale_free_weights_are_those_of_the_rule(f):
-    rule = EMA(half_life_fraction=f, update_freq=100)
-    assert profile_weights(f, STEPS) == pytest.approx(trajectory_weights(rule, STEPS), abs=1e-12)
+def test_scale_free_weights_are_those_of_the_page(f):
+    """The rules of the package, by the page's equations: α = c/(p + 1), and c (p/3 + 1)/(p + 1) for the slow anchor."""
+    found, p = named(scale_free_rules(STEPS)), math.log(2) / f
+    live, start = np.eye(len(STEPS))[-1], np.eye(len(STEPS))[0]
+    assert found[f"ema-f f={f:g}"].weights == pytest.approx(profile(f), abs=1e-12)
+    for c in SHARES:
+        fixed = profile(f) + c / (p + 1) * (live - start)
+        slow = profile(f) + c * (p / 3 + 1) / (p + 1) * (live - profile(3 * f))
+        assert found[f"bema-f f={f:g} c={c:g}"].weights == pytest.approx(fixed, abs=1e-12)
+        assert found[f"slow-bema-f f={f:g} c={c:g}"].weights == pytest.approx(slow, abs=1e-12)
 
 
 @pytest.mark.parametrize("family", ["bema-f", "slow-bema-f"])
