@@ -19,7 +19,7 @@ from lagless.averaging._buffers import AverageBuffers
 from lagless.averaging._live import LiveTensors, Source
 from lagless.averaging._rule_set import RuleSet
 from lagless.averaging._state import State, make_state, match
-from lagless.execution import Sharding, combine, local
+from lagless.execution import Sharding, combine, follow_optimizer, follow_optimizers, leave_evaluation, local
 from lagless.rules import InitialWeights, Rule, Tick, named_rules, require_updates
 
 if TYPE_CHECKING:
@@ -97,11 +97,13 @@ class Averager:
         if total_steps is not None:
             for rule in self.rules.values():
                 require_updates(rule, require_integer("total_steps", total_steps, minimum=0), after=step)
+        follow_optimizers()
         self._live = LiveTensors(source)
         self._applied: str | None = None
         self._attachment: Attachment | None = None
         self._rules = RuleSet(self.rules, step)
-        live = self._live.tensors()
+        self._live.require_own("start averages")
+        live = self._live.trained()
         self._stored_start: StoredStart | None = None
         absent: list[Hashable] = []
         if start is not None:
@@ -136,6 +138,7 @@ class Averager:
             RuntimeError: while averaged weights are in the model, or if an attached optimizer calls this already.
         """
         self._refuse_while_applied("update")
+        self._live.require_training("update")
         if self._attachment is not None and self._attachment.active and not self._attachment.stepping:
             raise RuntimeError(
                 "the Averager is attached to an optimizer, whose steps it counts by itself: leave update() out, or "
@@ -166,6 +169,7 @@ class Averager:
         """
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError("the Averager is attached to an optimizer already, and every step would count twice.")
+        follow_optimizer(optimizer)
         self._attachment = Attachment(
             optimizer,
             before=lambda: self._refuse_while_applied("step the optimizer"),
@@ -204,13 +208,19 @@ class Averager:
         """The model with averaged weights inside the ``with`` block; afterwards, also after an error, the live bits.
 
         Weights are rounded to the parameters' dtype. One more copy of the parameters is held meanwhile, and whatever
-        the block does to them (new values, another dtype or device) is undone.
+        the block does to them (new values, another dtype or device) is undone. So it is with a module's buffers: the
+        running statistics that ``torch.optim.swa_utils.update_bn`` computes inside the block serve the average there,
+        and the live model has its own again afterwards.
+
+        An optimizer that shows other weights for evaluation (PACE, those of schedule-free's package) does so again
+        after the block. Switch it before the block, not inside.
 
         Args:
             name: which average; may be left out if there is only one.
 
         Raises:
-            RuntimeError: before the first update of that rule, or inside another ``applied``.
+            RuntimeError: before the first update of that rule, or inside another ``applied``, also of another Averager
+                of the same parameters.
         """
         name = self._rules.resolve(name)
         self._refuse_while_applied(f"apply {name!r}")
@@ -218,7 +228,7 @@ class Averager:
         values = self._values(name)
         self._applied = name
         try:
-            with self._live.holding(values):
+            with self._live.holding(values, f"the average {name!r}"):
                 yield
         finally:
             self._applied = None
@@ -226,6 +236,8 @@ class Averager:
     @torch.no_grad()
     def copy_to_model(self, name: str | None = None) -> None:
         """Make the average the model's weights for good, rounded to the parameters' dtype; the live ones are gone.
+
+        An optimizer that shows other weights for evaluation trains from there on: its ``train()`` is called.
 
         Args:
             name: which average; may be left out if there is only one.
@@ -236,12 +248,15 @@ class Averager:
         name = self._rules.resolve(name)
         self._refuse_while_applied(f"put {name!r} into the model")
         self.wait()
-        for tensor, value in zip(self._live.tensors(), self._values(name), strict=True):
-            tensor.copy_(value)
+        values = self._values(name)
+        leave_evaluation(self._live.parameters())
+        self._live.put(values)
 
     @torch.no_grad()
     def read(self, name: str | None = None, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The averaged weights as new tensors; the live ones stay untouched.
+
+        Averages are those of the weights that train, also while an optimizer shows others for evaluation.
 
         ``model.load_state_dict({**model.state_dict(), **avg.read()})`` makes a model of them: frozen parameters and
         buffers are the model's own. Names are those of the module that a compiled or distributed one wraps.
@@ -351,16 +366,18 @@ class Averager:
             raise RuntimeError(
                 f"cannot {action} while the average {self._applied!r} is in the model; leave the applied() block first."
             )
+        self._live.require_own(action)
 
     def _values(self, name: str) -> Iterator[Tensor]:
         """The averaged tensors one by one, in float32 or wider."""
         weighted, live_weight = self._rules.coefficients(name, self.step)
         self._live.check_frozen()
+        trained = self._live.trained()
         stored = self._stored_start
         base = stored.open() if stored and any(not self._buffers.buffers[i] for i, _ in weighted) else None
 
         def values() -> Iterator[Tensor]:
-            for n, (parameter, live) in enumerate(zip(self._live.names, self._live.tensors(), strict=True)):
+            for n, (parameter, live) in enumerate(zip(self._live.names, trained, strict=True)):
                 terms = [(live, live_weight)]
                 for i, weight in weighted:
                     buffer = self._buffers.buffers[i]

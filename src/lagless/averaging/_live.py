@@ -9,7 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lagless.execution import Sharding, fsdp_modules, is_sharded, local
+from lagless.averaging._module_buffers import ModuleBuffers
+from lagless.execution import (
+    Sharding,
+    fsdp_modules,
+    is_sharded,
+    keeping_modes,
+    local,
+    require_own_weights,
+    require_training_mode,
+    showing,
+    trained_weights,
+    writing_weights,
+)
 
 Source = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -50,6 +62,8 @@ class LiveTensors:
         names: one per distinct tensor.
         aliases: every further name of a tied tensor, mapped to the one in ``names``.
         shardings: how each of them lies on the ranks.
+        made_of: what optimizers step, where the given tensors are only made of it.
+        module: of which the block of :meth:`holding` may change the buffers.
     """
 
     def __init__(self, source: Source) -> None:
@@ -58,6 +72,8 @@ class LiveTensors:
         self._places: list[_Place] = []
         self._tied: list[tuple[str, _Place, _Place]] = []
         self._frozen: list[tuple[str, _Place]] = []
+        self.made_of: list[Tensor] = []
+        self.module = unwrap(source) if isinstance(source, nn.Module) else None
         self._fsdp = fsdp_modules(source) if isinstance(source, nn.Module) else []
         self._reshard()
         seen: dict[Hashable, int] = {}
@@ -106,6 +122,34 @@ class LiveTensors:
                 raise RuntimeError(f"{name} changed its shape from {sharding} to {now}; {_ANEW}")
         return [local(tensor) for tensor in tensors]
 
+    def trained(self) -> list[Tensor]:
+        """Return :meth:`tensors` as they train, also while an optimizer shows other weights for evaluation."""
+        tensors = self.tensors()
+        given = [place.get() for place in self._places]
+        trained = trained_weights(given)
+        return [t if now is then else local(now) for t, now, then in zip(tensors, trained, given, strict=True)]
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield what optimizers step."""
+        yield from self.made_of or (place.get() for place in self._places)
+
+    def require_own(self, action: str) -> None:
+        """Refuse ``action`` while somebody else's average is in the parameters for the length of a block.
+
+        Raises:
+            RuntimeError: saying whose.
+        """
+        require_own_weights(self.parameters(), action)
+
+    def require_training(self, action: str) -> None:
+        """Refuse ``action`` while the parameters show weights that do not train.
+
+        Raises:
+            RuntimeError: saying whose.
+        """
+        self.require_own(action)
+        require_training_mode(self.parameters(), action)
+
     def check_frozen(self) -> None:
         """Refuse averages that lack parameters which train by now.
 
@@ -117,22 +161,33 @@ class LiveTensors:
                 raise RuntimeError(f"{name} was frozen when the Averager was made, and trains now; {_ANEW}")
 
     @contextmanager
-    def holding(self, values: Iterable[Tensor]) -> Iterator[None]:
+    def holding(self, values: Iterable[Tensor], what: str) -> Iterator[None]:
         """Hold ``values``, rounded to the tensors' dtypes, inside the ``with`` block; afterwards the present bits.
 
         The present ones are copied and put back, also after an error; whatever the block does to the tensors (new
-        values, another dtype or device) is undone.
+        values, another dtype or device) and to the module's buffers is undone.
+
+        Args:
+            values: for each tensor.
+            what: to call them in errors of others who need the weights meanwhile.
         """
         live = self.tensors()
         bits = [tensor.clone() for tensor in live]
+        buffers = ModuleBuffers(self.module)
         try:
-            with torch.no_grad():
-                for tensor, value in zip(live, values, strict=True):
-                    tensor.copy_(value)
-            yield
+            with showing([*self.parameters(), *live], what), keeping_modes(self.parameters()):
+                self.put(values)
+                yield
         finally:
-            with torch.no_grad():
+            with writing_weights(), torch.no_grad():
                 self.restore(bits)
+                buffers.restore()
+
+    def put(self, values: Iterable[Tensor]) -> None:
+        """Give every tensor its value of ``values``, rounded to its dtype."""
+        with writing_weights(), torch.no_grad():
+            for tensor, value in zip(self.tensors(), values, strict=True):
+                tensor.copy_(value)
 
     def restore(self, bits: list[Tensor]) -> None:
         """Give every tensor the values, dtype and device of ``bits``.

@@ -12,16 +12,15 @@ counters, and the averages are refused instead of mixed.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lagless.execution import wait_for_copies
 
 STAGING_BYTES = 1 << 28  # 5 ms of copying at 50 GB/s: enough to keep copies going while the host works
 
@@ -53,8 +52,7 @@ class Offload:
         self._watched: list[tuple[Tensor, int]] = []  # live tensors, until they may change, and their versions
         self._changed = False
         self._lock = threading.Lock()
-        _follow_optimizers()
-        _OFFLOADS.add(self)
+        wait_for_copies(self)
 
     def start(
         self,
@@ -174,15 +172,3 @@ class CopyStream:
             arrived = self._module.Event()
             arrived.record(self._stream)
         return arrived
-
-
-_OFFLOADS: weakref.WeakSet[Offload] = weakref.WeakSet()
-
-
-@cache
-def _follow_optimizers() -> None:
-    def before_step(*_: Any) -> None:
-        for offload in tuple(_OFFLOADS):
-            offload.release()
-
-    register_optimizer_step_pre_hook(before_step)

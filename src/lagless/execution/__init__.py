@@ -55,3 +55,16 @@ from lagless.execution._sharding import (
     local as local,
     ranks_of as ranks_of,
 )
+from lagless.execution._shown_weights import (
+    LIVE as LIVE,
+    follow_optimizer as follow_optimizer,
+    follow_optimizers as follow_optimizers,
+    keeping_modes as keeping_modes,
+    leave_evaluation as leave_evaluation,
+    require_own_weights as require_own_weights,
+    require_training_mode as require_training_mode,
+    showing as showing,
+    trained_weights as trained_weights,
+    wait_for_copies as wait_for_copies,
+    writing_weights as writing_weights,
+)

@@ -10,15 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lagless.execution import buffer_dtype, combine, counts, local
+from lagless.execution import (
+    LIVE as LIVE,
+    buffer_dtype,
+    combine,
+    counts,
+    follow_optimizer,
+    local,
+    require_own_weights,
+    require_training_mode,
+    writing_weights,
+)
 from lagless.optim._average_step import coefficients
 from lagless.optim._loaded_state import counter_dtype, require_fitting, require_known_format, with_format
 from lagless.rules import ReadCoefficients, Rule, count_updates, rule_from_dict, rule_to_dict
 
 Self = TypeVar("Self", bound="AveragedOptimizer")
-
-LIVE = "live"
-"""Where a parameter's own weights are while it holds the average."""
 
 
 class AveragedOptimizer(Optimizer):
@@ -31,6 +38,14 @@ class AveragedOptimizer(Optimizer):
     step_key = "step"
     moments: ClassVar[tuple[str, ...]] = ()
     """Entries of a parameter's state, besides averages, that have the parameter's shape."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        follow_optimizer(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        follow_optimizer(self)
 
     @property
     def average_name(self) -> str:
@@ -56,6 +71,8 @@ class AveragedOptimizer(Optimizer):
     def applied(self, name: str | None = None) -> Iterator[None]:
         """The parameters hold the average inside the ``with`` block; afterwards, also after an error, the live bits.
 
+        Buffers are the model's, which the optimizer does not know: what the block does to running statistics stays.
+
         Args:
             name: :attr:`average_name`, or None.
 
@@ -77,13 +94,18 @@ class AveragedOptimizer(Optimizer):
 
         Parameters whose average has had no update yet, and frozen ones, keep their weights. The live weights wait in
         the state, one more copy of the parameters: a state saved meanwhile resumes training exactly.
+
+        Raises:
+            RuntimeError: while an Averager, or another optimizer's evaluation mode, has put other weights there.
         """
         if not self._evaluating:
+            self._refuse_while_others_show("put the average into the parameters", training=True)
             self._set_evaluating(True)
             try:
-                for parameter, value in self._values():
-                    self.state[parameter][LIVE] = parameter.detach().clone()
-                    parameter.copy_(value)
+                with writing_weights():
+                    for parameter, value in self._values():
+                        self.state[parameter][LIVE] = parameter.detach().clone()
+                        parameter.copy_(value)
             except BaseException:
                 self.train()
                 raise
@@ -91,14 +113,20 @@ class AveragedOptimizer(Optimizer):
 
     @torch.no_grad()
     def train(self: Self, mode: bool = True) -> Self:
-        """Put the live weights back, bit for bit; with ``mode=False`` the same as :meth:`eval`."""
+        """Put the live weights back, bit for bit; with ``mode=False`` the same as :meth:`eval`.
+
+        Raises:
+            RuntimeError: while an Averager has put an average there.
+        """
         if not mode:
             return self.eval()
         if self._evaluating:
-            for parameter in self._parameters():
-                live = self.state[parameter].pop(LIVE, None) if parameter in self.state else None
-                if live is not None:
-                    _put(parameter, live)
+            self._refuse_while_others_show("put the live weights back")
+            with writing_weights():
+                for parameter in self._parameters():
+                    live = self.state[parameter].pop(LIVE, None) if parameter in self.state else None
+                    if live is not None:
+                        _put(parameter, live)
             self._set_evaluating(False)
         return self
 
@@ -156,9 +184,11 @@ class AveragedOptimizer(Optimizer):
         """
         self._require_name(name)
         self._refuse_while_evaluating("copy the average")
+        self._refuse_while_others_show("copy the average", training=True)
         self._require_average()
-        for parameter, value in self._values():
-            parameter.copy_(value)
+        with writing_weights():
+            for parameter, value in self._values():
+                parameter.copy_(value)
 
     def _named(self, module: nn.Module | None, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         if module is not None and not {*module.parameters()} & {*self._parameters()}:
@@ -166,6 +196,7 @@ class AveragedOptimizer(Optimizer):
                 f"no parameter of this {type(module).__name__} is in this {type(self).__name__}; read the module whose "
                 "parameters it was given, not a copy."
             )
+        self._refuse_while_others_show("read the average")
         self._require_average()
         if module is None:
             names = [name for group in self._groups for name in group.get("param_names", group["params"])]
@@ -201,8 +232,10 @@ class AveragedOptimizer(Optimizer):
         Raises:
             ValueError: if the state is another optimizer's, lacks what the average needs, or has tensors of other
                 shapes than the parameters. Nothing is changed then.
+            RuntimeError: while an Averager has put an average into the parameters.
         """
         require_known_format(state_dict)
+        self._refuse_while_others_show("load a state")
         given: dict[str, Any] = {}
 
         def check(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -227,8 +260,9 @@ class AveragedOptimizer(Optimizer):
                 elif held[name].dtype != value.dtype:
                     held[name] = value.to(held[name].device)
         if not self._evaluating:
-            for parameter, live in waiting:
-                _put(parameter, live)
+            with writing_weights():
+                for parameter, live in waiting:
+                    _put(parameter, live)
 
     def _checked_groups(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """The groups of a state with all settings, and rules for their description."""
@@ -291,6 +325,7 @@ class AveragedOptimizer(Optimizer):
             group["evaluating"] = value
 
     def _refuse_while_evaluating(self, action: str) -> None:
+        require_own_weights((p for group in self._groups for p in group["params"]), action)
         if self._evaluating:
             raise RuntimeError(
                 f"cannot {action} while the parameters hold the average: call train(), or leave the applied() block, "
@@ -300,6 +335,13 @@ class AveragedOptimizer(Optimizer):
     def _require_name(self, name: str | None) -> None:
         if name not in (None, self.average_name):
             raise ValueError(f"there is no average {name!r}; {type(self).__name__} has one, {self.average_name!r}.")
+
+    def _refuse_while_others_show(self, action: str, *, training: bool = False) -> None:
+        """Refuse ``action`` while somebody else has put weights into the parameters."""
+        parameters = self._parameters()
+        require_own_weights(parameters, action)
+        if training:
+            require_training_mode(parameters, action, except_for=self)
 
     def _require_average(self) -> None:
         if all(read is None for _, _, read in self._reads()):

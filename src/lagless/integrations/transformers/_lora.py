@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lagless.averaging import Averager, plain_name
+from lagless.averaging import Averager, plain_name, unwrap
+from lagless.execution import keeping_modes, trained_weights, writing_weights
+from lagless.integrations.transformers._lora_layers import require_product_layer
 from lagless.rules import Rule
 
 _FIRST_FACTOR = re.compile(r"\.(lora|lora_embedding)_A\.")
@@ -29,19 +31,23 @@ class MergedLoraAverager(Averager):
     parameters beside A and B are averaged as they are; so is a factor whose other one is frozen, which is exact.
 
     Args:
-        model: with LoRA adapters of PEFT on linear layers or embeddings; the trainable ones are averaged.
+        model: with LoRA adapters of PEFT on linear layers or embeddings; the trainable ones are averaged. DoRA is
+            among them, since its direction is made of B A and its magnitude is averaged as it is.
         rules: as for the Averager.
         options: likewise.
 
     Raises:
-        NotImplementedError: if an adapter is sharded, or on a convolution.
+        NotImplementedError: if an adapter is sharded, tied to another one, on a convolution, or of another kind than
+            those known to compute with B A alone.
         ValueError: if the model has no adapter of which A and B train.
     """
 
     def __init__(self, model: nn.Module, rules: Rule | Mapping[str, Rule], **options: Any) -> None:
-        trainable = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+        trainable = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+        trainable = {name: p for name, p in trainable.items() if p.requires_grad}
+        modules = {plain_name(name): module for name, module in model.named_modules()}
         self._factors: dict[str, tuple[str, Tensor, str, Tensor]] = {}
-        for first in [name for name in trainable if _FIRST_FACTOR.search(name)]:
+        for first, place in [(name, match) for name in trainable if (match := _FIRST_FACTOR.search(name))]:
             second = _FIRST_FACTOR.sub(r".\1_B.", first)
             if second not in trainable:
                 continue
@@ -56,18 +62,22 @@ class MergedLoraAverager(Averager):
                     f"merged_lora: {first} is sharded, and the product BA needs whole factors; train the adapter under "
                     "DDP, or leave the option out to average A and B."
                 )
+            require_product_layer(modules[first[: place.start()]], first[place.end() :].split(".")[0], first)
             self._factors[_FIRST_FACTOR.sub(r".\1_BA.", first)] = first, a, second, b
         if not self._factors:
             raise ValueError(
                 "merged_lora: the model has no trainable LoRA adapter, or none of which A and B both train; leave the "
                 "option out."
             )
+        self._require_untied()
         self._products = {
             name: torch.empty(len(b), a.shape[1], dtype=a.dtype, device=a.device)
             for name, (_, a, _, b) in self._factors.items()
         }
         self._multiply()
         super().__init__({**trainable, **self._products}, rules, **options)
+        self._live.made_of = [*trainable.values(), *(t for _, a, _, b in self._factors.values() for t in (a, b))]
+        self._live.module = unwrap(model)
 
     def update(self) -> None:
         """Count one optimizer step, and update the rules that are due."""
@@ -83,10 +93,11 @@ class MergedLoraAverager(Averager):
         with super().applied(name):
             live = [(factor, factor.detach().clone()) for _, a, _, b in self._factors.values() for factor in (a, b)]
             try:
-                self._factorize()
-                yield
+                with keeping_modes(self._live.parameters()):
+                    self._factorize()
+                    yield
             finally:
-                with torch.no_grad():
+                with writing_weights(), torch.no_grad():
                     for factor, bits in live:
                         factor.copy_(bits)
 
@@ -115,14 +126,26 @@ class MergedLoraAverager(Averager):
     @torch.no_grad()
     def _factorize(self) -> None:
         """Give A and B the products' values."""
-        for product, (_, a, _, b) in zip(self._products.values(), self._factors.values(), strict=True):
-            for factor, value in zip((a, b), _nearest_factors(product, len(a)), strict=True):
-                factor.copy_(value)
+        with writing_weights():
+            for product, (_, a, _, b) in zip(self._products.values(), self._factors.values(), strict=True):
+                for factor, value in zip((a, b), _nearest_factors(product, len(a)), strict=True):
+                    factor.copy_(value)
 
     @torch.no_grad()
     def _multiply(self) -> None:
-        for product, (_, a, _, b) in zip(self._products.values(), self._factors.values(), strict=True):
-            torch.mm(b.float(), a.float(), out=product)
+        factors = iter(trained_weights([factor for _, a, _, b in self._factors.values() for factor in (a, b)]))
+        for product, a, b in zip(self._products.values(), factors, factors, strict=True):
+            torch.mm(b.detach().float(), a.detach().float(), out=product)
+
+    def _require_untied(self) -> None:
+        owners: dict[int, str] = {}
+        for first, a, second, b in self._factors.values():
+            for name, factor in ((first, a), (second, b)):
+                if owners.setdefault(factor.untyped_storage().data_ptr(), name) != name:
+                    raise NotImplementedError(
+                        f"merged_lora: {name} is tied to {owners[factor.untyped_storage().data_ptr()]}, and their "
+                        "products would give it two values; leave the option out to average A and B."
+                    )
 
 
 def _nearest_factors(product: Tensor, rank: int) -> tuple[Tensor, Tensor]:
