@@ -32,10 +32,11 @@ from experiments.shared.tuning import (
     tune,
 )
 
-from lagless.lab.recipes import Pace
+from lagless.lab.recipes import OwnOptimizer
 from lagless.lab.report import Figure
 from lagless.lab.sweep import Cell
 from lagless.lab.training import schedule_factor
+from lagless.optim import PACE
 
 STEPS = 200
 
@@ -146,15 +147,14 @@ NOTES = (
 def _clamped(cell: Cell) -> float:
     """The share of coordinates whose gain η c d/D was at least 1 at the last step, by the optimizer's state."""
     saved = torch.load(cell.folder / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True)
-    optimizer = cell.recipe.method.optimizer
-    assert isinstance(optimizer, Pace)
+    assert isinstance(cell.recipe.method.optimizer, OwnOptimizer)
+    optimizer = PACE([torch.nn.Parameter(torch.zeros(1))], **cell.recipe.method.optimizer.settings()).defaults
     factor = schedule_factor(cell.recipe.method.schedule, STEPS)(STEPS - 1)
-    strength = (
-        cell.recipe.training.learning_rate * factor * optimizer.pullback * (1 + STEPS) ** -optimizer.average.ema_power
-    )
+    rate, power = cell.recipe.training.learning_rate * factor, optimizer["average"].ema_power
+    strength = rate * optimizer["pullback"] * (1 + STEPS) ** -power
     clamped = total = 0
     for entry in saved["state"].values():
-        denominator = (entry["exp_avg_sq"] / (1 - optimizer.betas[1] ** STEPS)).sqrt() + optimizer.eps
+        denominator = (entry["exp_avg_sq"] / (1 - optimizer["betas"][1] ** STEPS)).sqrt() + optimizer["eps"]
         clamped += int((strength / denominator >= 1).sum())
         total += denominator.numel()
     return clamped / total
@@ -169,7 +169,7 @@ def main() -> None:
         chosen = tuned[method.name] = tune(trials, method)
         found = report(trials, method, chosen.position, chosen.weights)
         reported[method.name] = [run for _, run in found]
-        if isinstance(found[0][0].recipe.method.optimizer, Pace):
+        if found[0][0].recipe.method.optimizer.kind == "pace":
             shares = [_clamped(cell) for cell, _ in found]
             share = sum(shares) / len(shares)
             notes.append(f"{method.name}: at the last step {share:.1%} of the gains are clamped.")

@@ -516,7 +516,9 @@ class Manual(Language):
 @pytest.mark.parametrize("optimizer, steps", [(0, 10), (1, 5)])
 def test_manual_optimization_counts_the_steps_of_one_optimizer(tmp_path, optimizer, steps):
     callback = AveragingCallback(EMA(decay=0.8), optimizer=optimizer)
-    fit(tmp_path, callback, module=Manual(), max_epochs=1)
+    late = pytest.warns(UserWarning, match="one step late") if optimizer == 0 else nullcontext()
+    with late:  # the other optimizer steps later
+        fit(tmp_path, callback, module=Manual(), max_epochs=1)
     assert callback.averager.step == steps
 
 
