@@ -254,3 +254,17 @@ def test_warmup_average_without_warmup_is_the_mean_of_all_but_the_start():
     weights = [0.0] + [min(2 * i / 5, 1.0) ** 2 for i in range(1, 8)]
     found = trajectory_weights(WarmupAverage(warmup_steps=5, update_freq=2), range(0, 16, 2))
     assert found == pytest.approx([w / sum(weights) for w in weights], abs=1e-15)
+
+
+def test_a_step_inside_autocast_is_one_outside():
+    def run(inside):
+        weight = nn.Parameter(torch.linspace(-1.0, 1.0, 64).view(8, 8))
+        optimizer = PrimalAveraging(torch.optim.Muon([weight], lr=0.02), EMA(decay=0.9))
+        for t in range(4):
+            weight.grad = torch.cos(weight.detach() + t)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+                optimizer.step()
+        return weight.detach(), average_of(optimizer)
+
+    for inside, outside in zip(run(True), run(False), strict=True):
+        assert torch.equal(inside, outside)

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lagless._validation import Settings
-from lagless.execution import Noise, Row, blocks, combine, is_sharded, local
+from lagless.execution import Noise, Row, blocks, combine, is_sharded, local, without_autocast
 from lagless.optim._average_step import AverageStep, average_step
 from lagless.optim._averaged import LIVE, AveragedOptimizer, average_keys, new_buffers
 from lagless.optim._executors import move_average, towards, widened
+from lagless.optim._primal_moves import Widened, mix
 from lagless.optim._settings import check_average
 from lagless.optim._wrapping import check_base
 from lagless.rules import EMA, ReadCoefficients, Rule, Tick
@@ -152,6 +153,11 @@ class PrimalAveraging(AveragedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with without_autocast(p.device for p in self._parameters()):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         due = [(group, [p for p in group["params"] if p.grad is not None]) for group in self._groups]
         if any(p.is_complex() for _, parameters in due for p in parameters):
             raise RuntimeError("PrimalAveraging needs real parameters; optimize torch.view_as_real of complex ones.")
@@ -159,7 +165,7 @@ class PrimalAveraging(AveragedOptimizer):
         entries = {p: self._entries(p, group) for group, parameters in due for p in parameters}
         for group, parameters in due:
             self._put_z(group, parameters, entries)
-        widened = _Widened({p: held["z"] for p, held in entries.items() if _is_narrow(p)})
+        widened = Widened({p: held["z"] for p, held in entries.items() if _is_narrow(p)})
         stepped = False
         try:
             self.optimizer.step()
@@ -170,7 +176,6 @@ class PrimalAveraging(AveragedOptimizer):
                 self._put_y(group, parameters, entries, stepped)
         for parameter, held in entries.items():
             self.state[parameter].update(held)
-        return loss
 
     def _check(self, group: dict[str, Any]) -> None:
         check = Settings(self, group)
@@ -249,7 +254,7 @@ class PrimalAveraging(AveragedOptimizer):
                 buffers = rest[int(has_z) :] if stores_x else rest[:1]
                 if moves.update is not None:
                     move_average(buffers, moves.update, z, Noise(index, step))
-                _mix(y, z, rest[0] if has_z else None, towards(target, buffers, z), m, pull)
+                mix(y, z, rest[0] if has_z else None, towards(target, buffers, z), m, pull)
 
     def _interpolate(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Set m of the next step, and store apart what can no longer be recovered with it."""
@@ -273,40 +278,6 @@ class PrimalAveraging(AveragedOptimizer):
                 buffers = [state[n] for n in names] or [torch.lerp(z, y, 1.0 / state["interpolation"])]
                 terms = [(z, read.live), *zip(buffers, read.buffers, strict=True)]
                 yield parameter, combine(terms)
-
-
-class _Widened:
-    """Parameters of 16 bits that stand for their float32 iterates, with float32 gradients, until :meth:`undo`."""
-
-    def __init__(self, iterates: Mapping[Tensor, Tensor]) -> None:
-        self._own = [(p, p.data, p.grad) for p in iterates]
-        for parameter, _, grad in self._own:
-            parameter.grad = None  # its dtype is checked against the data's
-            parameter.data = iterates[parameter]
-            parameter.grad = None if grad is None else grad.to(parameter.dtype)
-
-    def undo(self) -> None:
-        """Give the parameters their own weights and gradients back."""
-        for parameter, data, grad in self._own:
-            parameter.grad = None
-            parameter.data, parameter.grad = data, grad
-
-
-def _mix(
-    y: list[Tensor], z: list[Tensor], stored: list[Tensor] | None, distance: list[Tensor] | None, m: float, pull: float
-) -> None:
-    """Write z + p·distance to ``stored`` and (1 - m) z + m x to ``y``; ``distance`` is x - z, None for nothing.
-
-    ``z`` may be ``y`` or ``stored`` itself.
-    """
-    if distance is not None and pull:
-        torch._foreach_add_(z, distance, alpha=pull)
-        torch._foreach_mul_(distance, 1.0 - pull)
-    between = z if distance is None or m == 0.0 else torch._foreach_add(z, distance, alpha=m)
-    if stored is not None and stored is not z:
-        torch._foreach_copy_(stored, z)
-    if between is not y:
-        torch._foreach_copy_(y, between)
 
 
 def _is_narrow(parameter: Tensor) -> bool:
