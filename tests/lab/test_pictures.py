@@ -250,7 +250,7 @@ def test_advice_is_printed_with_its_limits_and_drawn(tmp_path):
     for family in (
         "live  ",
         "EMA(",
-        "BEMA.paper(",
+        "BEMA(",
         "OUEMA.paper(",
         "DEMA.paper(",
         "PowerEMA(",
