@@ -23,6 +23,7 @@ from lagless import BEMA, EMA
 from lagless.averaging import _buffers, _offload
 from lagless.checkpoints import CheckpointError
 from lagless.integrations.lightning import AveragingCallback, load_average
+from lagless.optim import PACE
 
 from ..processes import launch
 
@@ -747,3 +748,57 @@ def test_ranks_of_ddp_hold_the_same_average_and_one_writes_it(tmp_path):
     assert torch.equal(weight, other_weight) and torch.equal(loss, other_loss)
     exported = torch.load(tmp_path / "bema.ckpt", weights_only=True)["state_dict"]["layer.weight"]
     assert torch.equal(exported, weight)
+
+
+class Pulled(Language):
+    """Trained by PACE; if it says so, evaluated with PACE's average by its own hooks."""
+
+    def __init__(self, switches=False):
+        torch.manual_seed(0)
+        super().__init__()
+        self.switches = switches
+
+    def configure_optimizers(self):
+        return PACE(self.parameters(), lr=1e-2, average=EMA(decay=0.8))
+
+    def on_validation_start(self):
+        super().on_validation_start()
+        if self.switches:
+            self.optimizers().optimizer.eval()
+
+    def on_validation_end(self):
+        if self.switches:
+            self.optimizers().optimizer.train()
+
+
+@pytest.mark.parametrize("switches", [False, True])
+@pytest.mark.parametrize("rules", [None, {"mine": BEMA.paper(update_freq=2)}])
+def test_the_average_of_an_optimizer_is_validated_and_exported(tmp_path, rules, switches):
+    callback, snapshots, last = AveragingCallback(rules), Snapshots(), last_of(tmp_path)
+    run, module = fit(tmp_path, callback, snapshots, last, module=Pulled(switches))
+    fit(tmp_path / "plain", plain := Snapshots(), module=Pulled(switches))
+    assert all(same(a, b) for a, b in zip(snapshots.weights, plain.weights, strict=True))
+    assert same(list(module.parameters()), snapshots.weights[-1])  # the module keeps the live weights
+    [optimizer] = run.optimizers
+    average = optimizer.read(module)
+    folder = Path(run.log_dir, "averaged")
+    stored = torch.load(folder / "pace.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(stored[name], value) for name, value in average.items())
+    assert any(not torch.equal(stored[name], p) for name, p in module.named_parameters())
+    record = json.loads((folder / "pace/lagless.json").read_text())
+    assert (record["optimizer"], record["step"], record["weights"]) == ("PACE", len(snapshots.weights), "average")
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"pace", *(rules or ())}
+    metrics = snapshots.metrics[-1]
+    assert ("mine_val_loss" in metrics) == (rules is not None)
+    assert (metrics["pace_val_loss"] == metrics["val_loss"]) == switches
+    saved = torch.load(last.last_model_path, weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[name], p) for name, p in module.named_parameters())
+    if rules and not switches:  # whose hooks would put the other average in its place
+        with callback.averager.applied("mine"):
+            again = run.validate(module, loader(), verbose=False)[0]["val_loss_epoch"]
+        assert again == pytest.approx(float(metrics["mine_val_loss"]), rel=1e-5)
+
+
+def test_a_rule_with_the_name_of_the_optimizers_average_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'pace' is the average of the optimizer; rename"):
+        fit(tmp_path, AveragingCallback({"pace": EMA()}), module=Pulled())

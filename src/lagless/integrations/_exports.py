@@ -40,7 +40,7 @@ def as_text(record: dict[str, Any]) -> str:
 
 
 @contextmanager
-def export_folder(out: Path, averager: HoldsAverages, name: str) -> Iterator[Path]:
+def export_folder(out: Path, record: dict[str, Any]) -> Iterator[Path]:
     """A temporary folder that becomes ``out``, record included, when the ``with`` block ends well.
 
     Raises:
@@ -48,7 +48,7 @@ def export_folder(out: Path, averager: HoldsAverages, name: str) -> Iterator[Pat
     """
     with atomic_folder(out) as temporary:
         yield temporary
-        (temporary / RECORD).write_text(record_text(averager, name), encoding="utf-8")
+        (temporary / RECORD).write_text(as_text({**record, "dtype": "auto"}), encoding="utf-8")
 
 
 def remove_export(out: Path) -> None:

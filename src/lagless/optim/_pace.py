@@ -48,7 +48,8 @@ class PACE(AveragedOptimizer):
     average: see "When does PACE help?" in the documentation before you compare.
 
     Evaluate with :meth:`applied`, :meth:`read`, or :meth:`eval` and :meth:`train`, which the Hugging Face ``Trainer``
-    calls by itself.
+    calls by itself. The Trainer does not put the average into the model that it saves at the end:
+    :class:`lagless.integrations.transformers.AveragingCallback` does, and elsewhere :meth:`copy_to_model`.
 
     Args:
         params: parameters, named parameters or parameter groups. Everything below can be set per group.

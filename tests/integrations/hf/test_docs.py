@@ -29,8 +29,12 @@ def test_blocks_run(hf, tmp_path, monkeypatch, block):
     exec(short, names)
     trainer = names["trainer"]
     assert isinstance(trainer, Trainer) and isinstance(trainer.args, TrainingArguments)
-    assert any("eval_ema_loss" in entry for entry in trainer.state.log_history)
-    AutoModelForCausalLM.from_pretrained(Path(trainer.args.output_dir) / "averaged/ema")
+    average = "pace" if "PACE" in block else "ema"
+    assert any(f"eval_{average}_loss" in entry for entry in trainer.state.log_history)
+    averaged = AutoModelForCausalLM.from_pretrained(Path(trainer.args.output_dir) / "averaged" / average)
+    if "returned" in block:
+        returned = AutoModelForCausalLM.from_pretrained("returned")
+        assert Path("returned/lagless.json").is_file() and hf.same(hf.weights(returned), hf.weights(averaged))
     if "best" in block:
         best = hf.weights(AutoModelForCausalLM.from_pretrained("best"))
         assert hf.same(best, hf.weights(AutoModelForCausalLM.from_pretrained("sft/averaged/ema")))

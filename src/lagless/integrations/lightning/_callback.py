@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +11,12 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 
 from lagless.averaging import Attachment, Averager
+from lagless.integrations._optimizers import averaged_optimizer, training_weights
 from lagless.integrations.lightning._checkpoint import STATE_KEY
 from lagless.integrations.lightning._export import check_export, export, withdraw
 from lagless.integrations.lightning._imports import Callback, LightningModule, Trainer, rank_zero_warn
 from lagless.integrations.lightning._validation import validate_again
+from lagless.optim import AveragedOptimizer
 from lagless.rules import Rule
 
 
@@ -33,11 +35,15 @@ class AveragingCallback(Callback):
       ``{name}``: there ``lagless.json`` says what it is, and, where the module holds a Hugging Face model, the rest is
       for ``from_pretrained``. The module keeps the live weights. Only earlier exports are replaced.
 
+    An optimizer with an average of its own (:class:`lagless.optim.PACE`, ``Pullback``, ``PrimalAveraging``) has that
+    average validated (``pace_val_loss``) and exported too, as ``pace``.
+
     A step is one step of the optimizer: once under gradient accumulation, none when the gradient scaler skips it.
     A Trainer takes one such callback; give it several rules as a mapping.
 
     Args:
-        rules: one rule, a mapping of names to rules, or None, as for :class:`lagless.Averager`.
+        rules: one rule, a mapping of names to rules, or None, as for :class:`lagless.Averager`. Beside an optimizer
+            with an average None is for none but that.
         evaluate: the averages to validate, by name; None for all.
         optimizer: with several optimizers, the index of the one whose steps count.
         export: the folder for averaged models; True for ``averaged`` in the run's log folder, False for none.
@@ -80,6 +86,7 @@ class AveragingCallback(Callback):
         self._on_missing_state = on_missing_state
         self._options = options
         self._attachment: Attachment | None = None
+        self._own: AveragedOptimizer | None = None
         self._loaded: Any = None
         self._left: tuple[LightningModule, int] | None = None
 
@@ -107,17 +114,27 @@ class AveragingCallback(Callback):
         """Start, resume or continue the averages, and follow the optimizer."""
         self._detach()
         optimizer = self._followed(trainer)
+        self._own = averaged_optimizer(optimizer)
+        if self._own is not None:
+            self._own.train()  # averages begin with the live weights
         continues = self._left == (pl_module, trainer.global_step) and not trainer.ckpt_path
-        if self._loaded is not None or not continues:
+        if self._rules is None and self._own is not None and self._loaded is None:
+            self.averager = None
+        elif self._loaded is not None or not continues:
             self.averager = self._begin(trainer, pl_module)
-        assert self.averager is not None
-        if unknown := sorted(set(self._evaluate or ()) - self.averager.rules.keys()):
-            raise ValueError(f"evaluate={unknown} are no averages; there are {', '.join(self.averager.rules)}.")
+        names = self._names
+        if unknown := sorted(set(self._evaluate or ()) - names.keys()):
+            raise ValueError(f"evaluate={unknown} are no averages; there are {', '.join(names)}.")
+        if self._own is not None and self.averager is not None and self._own.average_name in self.averager.rules:
+            raise ValueError(
+                f"{self._own.average_name!r} is the average of the optimizer; rename the rule of that name."
+            )
         folder = self._folder(trainer)
         if folder and trainer.is_global_zero:
-            for name in self.averager.rules:
+            for name in names:
                 check_export(folder, name)
-        self._attachment = self.averager.attach(optimizer)
+        if self.averager is not None:
+            self._attachment = self.averager.attach(optimizer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move before the callbacks that monitor metrics, and behind the progress bar, which counts each pass alone."""
@@ -126,45 +143,62 @@ class AveragingCallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate the averages too."""
-        if self.averager is not None and not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._validate(trainer, self.averager)
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._validate(trainer)
         trainer.callbacks = [*self._others(trainer), self]
 
-    def _validate(self, trainer: Trainer, averager: Averager) -> None:
-        for name, rule in averager.rules.items():
+    def _validate(self, trainer: Trainer) -> None:
+        for name, holder in self._names.items():
             if self._evaluate is not None and name not in self._evaluate:
                 continue
-            if averager.updates(name) == 0:
+            if holder.updates(name) == 0:
+                about = f"{name!r} ({holder.rules[name]})" if isinstance(holder, Averager) else repr(name)
                 if monitored := _monitored(trainer, f"{name}_"):
                     raise ValueError(
-                        f"{', '.join(monitored)} is monitored, and validated at step {averager.step}, but before the "
-                        f"first update of {name!r} ({rule}). Validate later with check_val_every_n_epoch or "
+                        f"{', '.join(monitored)} is monitored, and validated at step {_step_of(holder)}, but before "
+                        f"the first update of {about}. Validate later with check_val_every_n_epoch or "
                         "val_check_interval, or choose a smaller update_after or update_freq."
                     )
-                rank_zero_warn(f"{name!r} ({rule}) has had no update yet, so this validation has no {name}_ metrics.")
+                rank_zero_warn(f"{about} has had no update yet, so this validation has no {name}_ metrics.")
                 continue
-            with averager.applied(name):
+            with self._applied(trainer, holder, name):
                 validate_again(trainer, f"{name}_")
+
+    @contextmanager
+    def _applied(self, trainer: Trainer, holder: Averager | AveragedOptimizer, name: str) -> Iterator[None]:
+        """The average in the module, whichever mode its optimizer is in and whichever the module's hooks ask it for."""
+        if isinstance(holder, AveragedOptimizer):
+            holder.train()
+            with holder.applied(name):
+                yield
+        else:
+            with training_weights(self._followed(trainer)), holder.applied(name):
+                yield
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the averaged models."""
         self._detach()
         self._left = (pl_module, trainer.global_step)
-        averager = self.averager
-        if averager is None:
-            return
-        averager.wait()  # whoever has fitted the module may load other weights into it
-        never = [name for name in averager.rules if averager.updates(name) == 0]
+        averager, names = self.averager, self._names
+        if averager is not None:
+            averager.wait()  # whoever has fitted the module may load other weights into it
+        never = [name for name, holder in names.items() if holder.updates(name) == 0]
         if folder := self._folder(trainer):
-            for name in averager.rules:
+            for name, holder in names.items():
                 if name not in never:
-                    export(trainer, pl_module, averager, folder, name)
+                    with self._applied(trainer, holder, name):
+                        export(trainer, pl_module, holder, folder, name)
                 elif trainer.is_global_zero:
                     withdraw(folder, name)
-        if never and not trainer.fast_dev_run:
+        if self._own is not None and self._own.average_name in never:
+            rank_zero_warn(
+                f"{self._own.average_name} has had no update in {_step_of(self._own)} steps: no average of it."
+            )
+            never.remove(self._own.average_name)
+        if averager is not None and never and not trainer.fast_dev_run:
             raise RuntimeError(
-                f"training stopped at step {averager.step}, before the first update of {', '.join(never)}, so there is "
-                "no such average. Train longer, or choose a smaller update_after or update_freq."
+                f"training stopped at step {averager.step}, before the first update of {', '.join(never)}, so "
+                "there is no such average. Train longer, or choose a smaller update_after or update_freq."
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -173,6 +207,15 @@ class AveragingCallback(Callback):
         if self.averager is not None:
             with suppress(RuntimeError):  # that of an update that failed, which every later call raises as well
                 self.averager.wait()
+
+    @property
+    def _names(self) -> dict[str, Averager | AveragedOptimizer]:
+        """Every average, and what holds it."""
+        averager, own = self.averager, self._own
+        names: dict[str, Averager | AveragedOptimizer] = (
+            {} if averager is None else dict.fromkeys(averager.rules, averager)
+        )
+        return names if own is None else {**names, own.average_name: own}
 
     def _others(self, trainer: Trainer) -> list[Any]:
         return [callback for callback in trainer.callbacks if callback is not self]
@@ -222,6 +265,10 @@ class AveragingCallback(Callback):
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
+
+
+def _step_of(holder: Averager | AveragedOptimizer) -> int:
+    return holder.step if isinstance(holder, Averager) else holder.steps_taken
 
 
 def _monitored(trainer: Trainer, prefix: str) -> list[str]:

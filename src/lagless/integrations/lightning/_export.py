@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from lagless.averaging import Averager
+from lagless.averaging import HoldsAverages
 from lagless.checkpoints import RECORD, CheckpointError, check_destination
-from lagless.integrations._exports import export_folder, remove_export
+from lagless.integrations._exports import describe, export_folder, remove_export
 from lagless.integrations.lightning._imports import LightningModule, Trainer
 
 
-def export(trainer: Trainer, module: LightningModule, averager: Averager, folder: Path, name: str) -> None:
-    """Write the average ``name``, on every rank alike.
+def export(trainer: Trainer, module: LightningModule, holder: HoldsAverages, folder: Path, name: str) -> None:
+    """Write the average ``name``, which is in the module now, on every rank alike.
 
     ``{folder}/{name}.ckpt`` is for ``load_from_checkpoint`` and ``ckpt_path``. ``{folder}/{name}`` has a record of what
     it is. Where the module holds a trainable model with ``save_pretrained``, that folder is for its
@@ -23,17 +23,16 @@ def export(trainer: Trainer, module: LightningModule, averager: Averager, folder
     Raises:
         CheckpointError: if something is in the way.
     """
-    with averager.applied(name):
-        if trainer.is_global_zero:
-            check_export(folder, name)
-            with export_folder(folder / name, averager, name) as temporary:
-                models = _pretrained(module)
-                for path, model in models.items():
-                    model.save_pretrained(temporary if len(models) == 1 else temporary / path)
-                if len(models) == 1:
-                    for processor in _processors(module, trainer):
-                        processor.save_pretrained(temporary)
-        trainer.save_checkpoint(_checkpoint(folder, name), weights_only=True)
+    if trainer.is_global_zero:
+        check_export(folder, name)
+        with export_folder(folder / name, describe(holder, name)) as temporary:
+            models = _pretrained(module)
+            for path, model in models.items():
+                model.save_pretrained(temporary if len(models) == 1 else temporary / path)
+            if len(models) == 1:
+                for processor in _processors(module, trainer):
+                    processor.save_pretrained(temporary)
+    trainer.save_checkpoint(_checkpoint(folder, name), weights_only=True)
 
 
 def check_export(folder: Path, name: str) -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from lagless.averaging import Attachment, Averager
+from lagless.averaging import Attachment, Averager, HoldsAverages
 from lagless.checkpoints import check_destination
-from lagless.integrations._exports import export_folder, remove_export
+from lagless.integrations._exports import describe, export_folder, remove_export
+from lagless.integrations._optimizers import averaged_optimizer, training_weights
 from lagless.integrations.distributed import export_model
 from lagless.integrations.transformers._caller import calling_trainer
-from lagless.integrations.transformers._evaluation import average_of, evaluate_averages
-from lagless.integrations.transformers._lora import MergedLoraAverager
+from lagless.integrations.transformers._evaluation import average_of, evaluate_averages, log_average
+from lagless.integrations.transformers._lora import MergedLoraAverager, is_adapter
+from lagless.integrations.transformers._optimizer_average import OptimizerAverage
+from lagless.integrations.transformers._returned_model import forget_record, record_saves
 from lagless.rules import Rule, count_updates
 
 STATE_FILE = "averages.safetensors"
@@ -39,10 +43,17 @@ class AveragingCallback(TrainerCallback):
     - **The end.** ``output_dir/averaged/{name}`` is the average as a model, or adapter, ready to load. With
       ``load_best_model_at_end`` the averages go back to the best step along with the live weights, and if
       ``metric_for_best_model`` is an average's, that average is the model which the Trainer then holds.
+    - **Optimizers with an average** (:class:`lagless.optim.PACE`, ``Pullback``, ``PrimalAveraging``): the Trainer
+      evaluates their average as its model, and its metrics get a second name, ``eval_pace_loss``. Checkpoints hold the
+      live weights. After training the Trainer's model is the average, that of the best step with
+      ``load_best_model_at_end``.
+    - **Records.** If the Trainer's model is an average after training, ``trainer.save_model`` writes ``lagless.json``
+      beside it, which says so.
 
     Args:
         rules: one rule, or a mapping of names to rules. A single rule is named by its class in lower case. None for
-            ``EMA(half_life_fraction=0.05)``, the same average at every length of run.
+            ``EMA(half_life_fraction=0.05)``, the same average at every length of run, or, beside an optimizer with an
+            average, for none but that.
         evaluate: the averages to evaluate, by name; None for all.
         export_at_save: write ``checkpoint-N/averaged/{name}`` at each save as well.
         on_missing_state: what to do when the checkpoint to resume from has no averages: ``"refuse"``, or ``"restart"``
@@ -82,6 +93,8 @@ class AveragingCallback(TrainerCallback):
         self._export_at_save = export_at_save
         self._on_missing_state = on_missing_state
         self._attachment: Attachment | None = None
+        self._own: OptimizerAverage | None = None
+        self._training = False
         self._saved_step: int | None = None
         # An error in the Trainer's last event keeps it from the callbacks that come later.
         self._last = TrainerCallback()
@@ -93,8 +106,25 @@ class AveragingCallback(TrainerCallback):
         """Make the Averager, or restore it, and follow the optimizer."""
         trainer, [checkpoint] = calling_trainer(self, "resume_from_checkpoint")
         self._refuse(trainer)
+        forget_record(trainer)
         if self._attachment is not None:  # of a run that ended in an error, such as one batch size too many
             self._attachment.remove()
+        optimizer, model = kwargs["optimizer"], kwargs["model"]
+        averaged = averaged_optimizer(optimizer)
+        self.averager, self._own = None, averaged and OptimizerAverage(averaged, model)
+        if hasattr(optimizer, "train"):  # as the Trainer does before each batch; what follows needs the live weights
+            optimizer.train()
+        if self._rules is not None or self._own is None:
+            self._begin(trainer, state, model, checkpoint)
+        self._check(trainer)
+        self._attachment = None if self.averager is None else self.averager.attach(optimizer)
+        self._training, self._saved_step = True, None
+        # First in line at on_evaluate, so that early stopping finds the averages' metrics wherever it was listed.
+        callbacks = trainer.callback_handler.callbacks
+        callbacks[:] = [self, *(other for other in callbacks if other not in (self, self._last)), self._last]
+
+    def _begin(self, trainer: Trainer, state: TrainerState, model: nn.Module, checkpoint: str | None) -> None:
+        """Make the Averager, or restore it."""
         stored = None if checkpoint is None else Path(checkpoint, STATE_FILE)
         joins = stored is not None and not stored.is_file()
         if joins and self._on_missing_state == "refuse":
@@ -107,11 +137,10 @@ class AveragingCallback(TrainerCallback):
 
         def make() -> Averager:
             step = state.global_step if joins else 0
-            return self._kind(kwargs["model"], self._rules, step=step, total_steps=state.max_steps, **self._options)
+            return self._kind(model, self._rules, step=step, total_steps=state.max_steps, **self._options)
 
         self.averager = make()
-        self._check(trainer, self.averager)
-        best = _best(args, state)
+        best = _best(trainer.args, state)
         if best is not None and (joins or best / STATE_FILE != stored):
             try:
                 self.averager.load(best / STATE_FILE)
@@ -130,34 +159,52 @@ class AveragingCallback(TrainerCallback):
                     f"{stored}: {error} (New averages from this step on: delete the file and pass "
                     "on_missing_state='restart'.)"
                 ) from error
-        first = _first_evaluation(args, state)
+        first = _first_evaluation(trainer.args, state)
         if first is not None and first <= state.max_steps:
             self._require_followed(trainer, self.averager, first)
-        self._attachment = self.averager.attach(kwargs["optimizer"])
-        self._saved_step = None
-        # First in line at on_evaluate, so that early stopping finds the averages' metrics wherever it was listed.
-        callbacks = trainer.callback_handler.callbacks
-        callbacks[:] = [self, *(other for other in callbacks if other not in (self, self._last)), self._last]
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate the averages as the live model has just been, and add their metrics to its own."""
-        if self.averager is None or self.averager.applied_name or not self._evaluated(self.averager):
-            return
+        if (self.averager is None or not self.averager.applied_name) and self._evaluated():
+            self._evaluate_averages(state, kwargs["model"], kwargs["metrics"])
+        if self._training and self._own is not None:
+            self._own.optimizer.train()  # so that a checkpoint holds the live weights
+
+    def on_predict(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Go back to the live weights: the Trainer predicts with the average of an optimizer that keeps one."""
+        if self._training and self._own is not None:
+            self._own.optimizer.train()
+
+    def _evaluate_averages(self, state: TrainerState, model: nn.Module, metrics: dict[str, float]) -> None:
         trainer, arguments = calling_trainer(self, "eval_dataset", "ignore_keys", "metric_key_prefix")
-        if state.global_step:
-            self._require_followed(trainer, self.averager, state.global_step)
-        names = [name for name in self._evaluated(self.averager) if self.averager.updates(name)]
-        averaged = evaluate_averages(trainer, kwargs["model"], self.averager, names, *arguments)
-        if clash := sorted(averaged.keys() & kwargs["metrics"].keys()):
+        averaged: dict[str, float] = {}
+        if self._own is not None and self._own.name in self._evaluated():
+            prefix = arguments[2]
+            averaged |= self._own.metrics(metrics, prefix)
+            averaged |= log_average(trainer, averaged, f"{prefix}_{self._own.name}", prefix) if averaged else {}
+        if self.averager is not None:
+            if state.global_step:
+                self._require_followed(trainer, self.averager, state.global_step)
+            names = [n for n in self.averager.rules if n in self._evaluated() and self.averager.updates(n)]
+            with training_weights(trainer.optimizer):
+                averaged |= evaluate_averages(trainer, model, self.averager, names, *arguments)
+        if clash := sorted(averaged.keys() & metrics.keys()):
             raise ValueError(f"{', '.join(clash)} are metrics of the live model and of an average; rename the average.")
-        kwargs["metrics"].update(averaged)
+        metrics.update(averaged)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Complete the checkpoint that is about to be uploaded, which happens before on_save."""
         # Only the first process gets here, which is not enough to save a sharded model.
-        if self.averager is not None and not self.averager.sharded and _checkpoint(args, state).is_dir():
+        if not (self._sharded and self.averager is not None) and _checkpoint(args, state).is_dir():
             self._save(args, state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -173,27 +220,47 @@ class AveragingCallback(TrainerCallback):
 
     def _end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Export the averages; those of the best step, if the Trainer went back to it."""
-        if self.averager is None or self._attachment is None:
+        if not self._training:
             return
         trainer, _ = calling_trainer(self)
-        self._attachment.remove()
-        self._attachment = None
-        never = [name for name in self.averager.rules if not self.averager.updates(name)]
+        self._training = False
         best = _best(args, state)
         if best is not None:
             trainer.accelerator.wait_for_everyone()  # until the first process has written it
-            self._go_back(args, self.averager, best)
-        self._export(trainer, self.averager, _run_folder(args))
-        followed = self._followed(trainer, self.averager)
-        if best is not None and followed:
-            self.averager.copy_to_model(followed)
-            self.averager = None
+        if self._own is not None and best is not None:
+            self._own.keep()  # the live weights of the best step
+        never = [] if self.averager is None else self._end_averager(trainer, args, self.averager, best)
+        if self._own is not None:
+            self._own.become_model(trainer, best, _run_folder(args) / FOLDER / self._own.name)
         if never:
             raise RuntimeError(
                 f"training stopped at step {state.global_step}, before the first update of {', '.join(never)}, so "
                 "there is no such average; the model and its checkpoints are as the Trainer left them. Train longer, "
                 "or choose a smaller update_after or update_freq."
             )
+
+    def _end_averager(
+        self, trainer: Trainer, args: TrainingArguments, averager: Averager, best: Path | None
+    ) -> list[str]:
+        """Export the averages of the Averager, and return those that never were."""
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
+        never = [name for name in averager.rules if not averager.updates(name)]
+        if best is not None:
+            self._go_back(args, averager, best)
+        with training_weights(trainer.optimizer):
+            self._export(trainer, averager, _run_folder(args))
+        followed = self._followed(trainer, averager.rules)
+        if best is not None and followed:
+            record = describe(averager, followed)
+            averager.copy_to_model(followed)
+            self.averager = None
+            if self._own is not None:
+                self._own.show()
+                self._own = None
+            record_saves(trainer, record)
+        return never
 
     def _go_back(self, args: TrainingArguments, averager: Averager, best: Path) -> None:
         try:
@@ -222,30 +289,35 @@ class AveragingCallback(TrainerCallback):
                 "Train with FSDP2 (fsdp_version: 2), or in a loop of your own that calls Averager.update()."
             )
 
-    def _check(self, trainer: Trainer, averager: Averager) -> None:
+    def _check(self, trainer: Trainer) -> None:
         """Refuse what would fail, or mislead, during training."""
-        if unknown := sorted(set(self._evaluated(averager)) - averager.rules.keys()):
-            raise ValueError(f"evaluate={unknown} are no averages; there are {', '.join(averager.rules)}.")
+        names = self._names
+        if unknown := sorted(set(self._evaluated()) - names.keys()):
+            raise ValueError(f"evaluate={unknown} are no averages; there are {', '.join(names)}.")
         datasets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
-        if clash := sorted(datasets.keys() & averager.rules.keys()):
+        if clash := sorted(datasets.keys() & names.keys()):
             raise ValueError(f"{clash} name both averages and evaluation datasets; rename the averages.")
-        followed = self._followed(trainer, averager)
-        if followed and followed not in self._evaluated(averager):
+        if self._own is not None and self.averager is not None and self._own.name in self.averager.rules:
+            raise ValueError(f"{self._own.name!r} is the average of the optimizer; rename the rule of that name.")
+        followed = self._followed(trainer, names)
+        if followed and followed not in self._evaluated():
             metric = trainer.args.metric_for_best_model
             raise ValueError(f"metric_for_best_model={metric!r} needs {followed!r}; add it to evaluate.")
-        if averager.sharded and _is_adapter(trainer):
+        if self._own is not None:
+            self._own.check(trainer.args, _best(trainer.args, trainer.state), trainer.state)
+        if self._sharded and is_adapter(trainer):
             plugin = trainer.accelerator.state.fsdp_plugin
             if plugin is None or "FULL_STATE_DICT" not in str(plugin.state_dict_type):
                 raise NotImplementedError(
                     "the Trainer writes a sharded adapter only with the fsdp state_dict_type FULL_STATE_DICT; set that."
                 )
         if trainer.args.should_save:
-            for name in averager.rules:
+            for name in names:
                 check_destination(_run_folder(trainer.args) / FOLDER / name, [], overwrite=True)
 
     def _require_followed(self, trainer: Trainer, averager: Averager, step: int) -> None:
         """Refuse an evaluation at ``step`` that lacks the metric which chooses the best model."""
-        name = self._followed(trainer, averager)
+        name = self._followed(trainer, averager.rules)
         if name is None or averager.updates(name):
             return
         rule = averager.rules[name]
@@ -257,22 +329,38 @@ class AveragingCallback(TrainerCallback):
                 "update_after or update_freq. (If the metric is the live model's, rename the average.)"
             )
 
-    def _evaluated(self, averager: Averager) -> Collection[str]:
-        return averager.rules if self._evaluate is None else self._evaluate
+    @property
+    def _names(self) -> dict[str, HoldsAverages]:
+        """Every average, and what holds it."""
+        averager, own = self.averager, self._own
+        names: dict[str, HoldsAverages] = {} if averager is None else dict.fromkeys(averager.rules, averager)
+        return names if own is None else {**names, own.name: own.optimizer}
 
-    def _followed(self, trainer: Trainer, averager: Averager) -> str | None:
+    @property
+    def _sharded(self) -> bool:
+        return any(held is not None and held.sharded for held in (self.averager, self._own))
+
+    def _evaluated(self) -> Collection[str]:
+        return self._names if self._evaluate is None else self._evaluate
+
+    def _followed(self, trainer: Trainer, names: Iterable[str]) -> str | None:
         metric = trainer.args.metric_for_best_model
-        return metric and average_of(metric, averager.rules, trainer.eval_dataset, trainer.state.log_history)
+        return metric and average_of(metric, names, trainer.eval_dataset, trainer.state.log_history)
 
     def _save(self, args: TrainingArguments, state: TrainerState) -> None:
-        if self.averager is None or self._attachment is None or self._saved_step == state.global_step:
+        if not self._training or self._saved_step == state.global_step:
             return
-        checkpoint = _checkpoint(args, state)
-        writes = args.should_save or self.averager.sharded  # shards are gathered from all
-        if writes and (not args.save_only_model or args.load_best_model_at_end):
-            self.averager.save(checkpoint / STATE_FILE)
-        if self._export_at_save:
-            self._export(calling_trainer(self)[0], self.averager, checkpoint)
+        checkpoint, own = _checkpoint(args, state), self._own
+        if self.averager is not None:
+            writes = args.should_save or self.averager.sharded  # shards are gathered from all
+            if writes and (not args.save_only_model or args.load_best_model_at_end):
+                self.averager.save(checkpoint / STATE_FILE)
+            if self._export_at_save:
+                trainer, _ = calling_trainer(self)
+                with training_weights(trainer.optimizer):
+                    self._export(trainer, self.averager, checkpoint)
+        if own is not None and args.load_best_model_at_end and args.should_save:
+            own.save(checkpoint)
         self._saved_step = state.global_step
 
     def _export(self, trainer: Trainer, averager: Averager, folder: Path) -> None:
@@ -282,14 +370,14 @@ class AveragingCallback(TrainerCallback):
                 logger.warning(f"{name} has had no update at step {averager.step} and is not exported.")
                 if trainer.args.should_save:
                     remove_export(out)  # an earlier run's, which would be taken for this one's
-            elif averager.sharded and not _is_adapter(trainer):
+            elif averager.sharded and not is_adapter(trainer):
                 # The Trainer would gather the whole model on its first process, or write shards that nothing loads.
                 model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
                 export_model(averager, model, out, name, tokenizer=tokenizer, overwrite=True)
             else:
                 with averager.applied(name):
                     if trainer.args.should_save:
-                        with export_folder(out, averager, name) as temporary:
+                        with export_folder(out, describe(averager, name)) as temporary:
                             trainer.save_model(str(temporary), _internal_call=True)
                     else:
                         trainer.save_model(str(out), _internal_call=True)  # takes part, writes nothing
@@ -315,7 +403,3 @@ def _first_evaluation(args: TrainingArguments, state: TrainerState) -> int | Non
     if args.eval_strategy != "steps":
         return None
     return math.ceil(max(state.global_step + 1, args.eval_delay) / state.eval_steps) * state.eval_steps
-
-
-def _is_adapter(trainer: Trainer) -> bool:
-    return hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")

@@ -64,7 +64,7 @@ def evaluate_averages(
         count = output.num_samples or 0
         size = trainer.args.eval_batch_size * trainer.args.world_size
         metrics |= speed_metrics(prefix, began, num_samples=count, num_steps=math.ceil(count / size))
-        merged |= metrics | _log(trainer, metrics, prefix, metric_key_prefix)
+        merged |= metrics | log_average(trainer, metrics, prefix, metric_key_prefix)
     _close_bar(trainer)
     return merged
 
@@ -129,7 +129,7 @@ _NOT_METRICS = ("epoch", "step", "num_input_tokens_seen")
 """What Trainer.log adds to every entry."""
 
 
-def _log(trainer: Trainer, metrics: Mapping[str, float], prefix: str, live_prefix: str) -> dict[str, float]:
+def log_average(trainer: Trainer, metrics: Mapping[str, float], prefix: str, live_prefix: str) -> dict[str, float]:
     """Log an average's metrics, and give the average's prefix to whatever else the trainer puts into the entry.
 
     Trainers that collect metrics beside the loop add them in ``log``, under the live model's names.

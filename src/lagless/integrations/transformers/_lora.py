@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from lagless.averaging import Averager, plain_name, unwrap
 from lagless.execution import keeping_modes, trained_weights, writing_weights
@@ -42,7 +43,7 @@ class MergedLoraAverager(Averager):
         ValueError: if the model has no adapter of which A and B train.
     """
 
-    def __init__(self, model: nn.Module, rules: Rule | Mapping[str, Rule], **options: Any) -> None:
+    def __init__(self, model: nn.Module, rules: Rule | Mapping[str, Rule] | None = None, **options: Any) -> None:
         trainable = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
         trainable = {name: p for name, p in trainable.items() if p.requires_grad}
         modules = {plain_name(name): module for name, module in model.named_modules()}
@@ -146,6 +147,11 @@ class MergedLoraAverager(Averager):
                         f"merged_lora: {name} is tied to {owners[factor.untyped_storage().data_ptr()]}, and their "
                         "products would give it two values; leave the option out to average A and B."
                     )
+
+
+def is_adapter(trainer: Trainer) -> bool:
+    """Whether the Trainer trains an adapter, and saves no more than that."""
+    return hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
 
 
 def _nearest_factors(product: Tensor, rank: int) -> tuple[Tensor, Tensor]:
