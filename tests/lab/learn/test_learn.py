@@ -1,12 +1,24 @@
 """Weights learned on an exact quadratic, whose best weights are known in closed form."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy.optimize import minimize
 
 from lagless.checkpoints import CheckpointError, find_checkpoints
-from lagless.lab.learn import MODES, StreamedModel, is_feasible, learn, split_documents
+from lagless.lab.learn import (
+    MODES,
+    StreamedModel,
+    conclusions,
+    is_feasible,
+    learn,
+    schedule_in_words,
+    split_documents,
+)
+from lagless.lab.recipes import load_recipe
 from lagless.rules import UniformAverage
 
 from .conftest import COUNT, SIZE, Quadratic, Vector
@@ -172,7 +184,7 @@ def test_a_search_that_was_stopped_goes_on_bit_for_bit(quadratic, vector_run, tm
     assert resumed.weights.tolist() == whole.weights.tolist()
     assert resumed.record() == whole.record()
     assert [e.fit_slopes.tolist() for e in resumed.evaluations] == [e.fit_slopes.tolist() for e in whole.evaluations]
-    assert resumed.reads != whole.reads  # some of it was in the file
+    assert resumed.reads == whole.reads
 
 
 def test_a_state_of_another_search_is_refused(quadratic, vector_run, tmp_path):
@@ -239,3 +251,40 @@ def test_a_model_of_another_shape_is_refused(quadratic, vector_run):
 def test_bad_arguments_are_refused(quadratic, vector_run, options, message):
     with pytest.raises(ValueError, match=message):
         fit(quadratic, vector_run, **options)
+
+
+def test_memory_that_runs_out_says_what_to_lower_and_keeps_what_was_measured(quadratic, vector_run, tmp_path):
+    calls, state = [], tmp_path / "state.json"
+
+    def loss(model, items):
+        calls.append(len(items))
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("no memory is left")
+        return quadratic.loss(model, items)
+
+    with pytest.raises(ValueError, match=r"batch_size=8 \(no memory is left\). Lower batch_size"):
+        fit(quadratic, vector_run, loss=loss, state=state)
+    assert "choose: checkpoint-30" in state.read_text() and 'checkpoint-40": {' not in state.read_text()
+
+
+def test_documents_that_the_run_was_trained_on_are_refused(quadratic, vector_run, tmp_path):
+    texts = ["document 3", "another text", "document 5"]
+    (tmp_path / "books.txt").write_text("<|endoftext|>".join(texts * 20))
+    recipe = load_recipe("pace-pretrain-small", [f"data.path={tmp_path / 'books.txt'}"])
+    (vector_run / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    with pytest.raises(ValueError, match="2 of 40 documents are among those the run was trained on"):
+        fit(quadratic, vector_run)
+
+
+def test_weights_on_the_edge_of_the_trust_region_are_reported(quadratic, vector_run):
+    found = fit(quadratic, vector_run, evaluations=2)
+    assert found.on_edge == found.evaluations[-1].on_edge and len(found.evaluations) == 2
+    assert ("edge of the trust region" in " ".join(conclusions(found))) == found.on_edge
+    assert found.on_edge, "one step does not reach the minimum here"
+    assert not fit(quadratic, vector_run).on_edge
+
+
+def test_the_schedule_in_words(quadratic, vector_run):
+    found = replace(fit(quadratic, vector_run), weights=np.array([0, 0, 0, 0.25, 0.25, 0.25, 0.25]))
+    below = "below 90% for the last 50% of the run, 50% for the last 17% of the run"
+    assert schedule_in_words(found) == f"between 0.25 and 1.00 of the rate that was used; {below}"

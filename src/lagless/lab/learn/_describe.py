@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lagless.lab.learn._learned import Comparison, Learned
+from lagless.lab.statistics import LEVEL
 from lagless.rules import schedule_of
-
-_ERRORS = 2.0  # standard errors beyond which a difference is called one
 
 
 def conclusions(found: Learned) -> Iterator[str]:
@@ -49,6 +48,4 @@ def _against(comparison: Comparison) -> str:
     difference = comparison.difference
     name = comparison.role if comparison.role == "live" else f"{comparison.role} ({comparison.name})"
     text = f"{difference.value:+.4f} ± {difference.standard_error:.4f} against {name}"
-    if not abs(difference.value) > _ERRORS * difference.standard_error:
-        return f"{text}, no difference that shows"
-    return text
+    return text if difference.p_value < LEVEL else f"{text} (no difference that shows)"

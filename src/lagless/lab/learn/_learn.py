@@ -28,6 +28,7 @@ from lagless.lab.learn._losses import ItemLoss, cross_entropy, part_losses
 from lagless.lab.learn._modes import MODES, Floats, Mode, degrees_of_freedom
 from lagless.lab.learn._search import Evaluation, Proposal, Search, Setting
 from lagless.lab.learn._streamed import StreamedModel
+from lagless.lab.learn._training_data import refuse_trained_on
 from lagless.rules import Rule, rule_to_dict, trajectory_weights
 
 RIDGES = (0.001, 0.01, 0.1)
@@ -91,8 +92,8 @@ def learn(
 
     Raises:
         CheckpointError: if checkpoints are missing, damaged, copies of each other, or do not fit the model.
-        ValueError: if an argument is out of range, there is too little data, the loss is not finite at a checkpoint,
-            or ``state`` is of another search.
+        ValueError: if an argument is out of range, there is too little data, some of it is what the run was trained
+            on, the loss is not finite at a checkpoint, memory runs out, or ``state`` is of another search.
     """
     trajectory = run if isinstance(run, Trajectory) else find_checkpoints(run)
     steps = trajectory.steps
@@ -101,12 +102,15 @@ def learn(
             f"run: {len(steps)} checkpoints (steps {', '.join(map(str, steps))}); weights are learned on "
             f"{LEAST_CHECKPOINTS} or more. Keep more of them while training (save_steps, save_total_limit)."
         )
+    parts = documents if isinstance(documents, Parts) else split_documents(documents, seed)
+    together = [*parts.fit.documents, *parts.choose.documents, *parts.report.documents]
+    refuse_trained_on(trajectory.checkpoints[-1].path.parent, together)
     rule = prior or default_prior(steps)
     held = load_model(trajectory, device) if model is None else model.eval()
     learner = Learner(
         trajectory.checkpoints,
         [checkpoint.path.name for checkpoint in trajectory.checkpoints],
-        documents if isinstance(documents, Parts) else split_documents(documents, seed),
+        parts,
         loss,
         held,
         batch_size=batch_size,
@@ -172,6 +176,7 @@ class Learner:
             **(identity or {}),
         }
         self._state = state
+        self._read: dict[str, int] = {}
 
     def run(
         self,
@@ -200,7 +205,7 @@ class Learner:
         refuse_few_targets(self._parts.fit, count - 1, targets_per_weight)
         identity = {"modes": list(modes), "ridges": list(ridges), "prior weights": prior.tolist()}
         journal = Journal(self._state, self._identity | identity)
-        self._model.bytes_read = 0
+        self._read = {"evaluation": 0, "measurement": 0}
         last = np.eye(count)[-1]
         single = [_Measured(name, row) for name, row in zip(self._names, np.eye(count), strict=True)]
         losses = [self._measure(journal, self._parts.choose, *each).mean.value for each in single]
@@ -208,7 +213,6 @@ class Learner:
         best_single = single[int(np.argmin(losses))]
         named = [_Measured(name, np.asarray(row)) for name, row in rules.items()]
         by_rule = [self._measure(journal, self._parts.choose, *each).mean.value for each in named]
-        others, before = self._model.bytes_read, self._model.bytes_read
 
         first, gram, fingerprints = self._evaluate(journal, 0, Proposal(prior, None, math.nan, False))
         refuse_copies(self._names, gram, fingerprints)
@@ -223,10 +227,8 @@ class Learner:
         while len(seen) < evaluations and (proposal := search.propose()) is not None:
             seen.append(self._evaluate(journal, len(seen), proposal)[0])
             search.add(seen[-1])
-        fitting = self._model.bytes_read - before
         chosen = min((e for e in seen if np.isfinite(e.choose)), key=lambda e: e.choose)
 
-        before = self._model.bytes_read
         compared = {
             "live": _Measured(self._names[-1], last),
             "best checkpoint": best_single,
@@ -238,7 +240,6 @@ class Learner:
         for role, (name, weights) in compared.items():
             other = self._measure(journal, self._parts.report, name, weights)
             comparisons.append(Comparison(role, name, weights, other.mean, reported.difference(other)))
-        others += self._model.bytes_read - before
         setting = chosen.setting
         return Learned(
             names=tuple(self._names),
@@ -255,25 +256,29 @@ class Learner:
             comparisons=tuple(comparisons),
             parts=self._parts,
             fingerprints=tuple(fingerprints),
-            reads=(fitting / self._bytes, others / self._bytes),
+            reads=(self._read["evaluation"] / self._bytes, self._read["measurement"] / self._bytes),
         )
 
     def _measure(self, journal: Journal, part: Part, name: str, weights: Floats) -> Losses:
         """The loss of every document of a part, without gradients."""
 
         def measure() -> dict[str, Any]:
+            before = self._model.bytes_read
             self._model.load(weights)
             found = part_losses(self._model.model, part, self._loss, self._batch_size, gradient=False)
-            return {"nats": found.nats.tolist(), "targets": found.targets.tolist()}
+            read = self._model.bytes_read - before
+            return {"nats": found.nats.tolist(), "targets": found.targets.tolist(), "bytes": read}
 
         self._progress(f"{part.name}: {name}", self._best if math.isfinite(self._best) else None)
         found = journal.get(f"{part.name}: {name}", measure)
+        self._read["measurement"] += found["bytes"]
         return Losses(*(torch.tensor(found[key], dtype=torch.float64, device="cpu") for key in ("nats", "targets")))
 
     def _evaluate(self, journal: Journal, number: int, proposal: Proposal) -> tuple[Evaluation, Floats, list[str]]:
         """The losses of both parts and their slopes; with the first one also the Gram matrix and fingerprints."""
 
         def measure() -> dict[str, Any]:
+            before = self._model.bytes_read
             self._model.load(proposal.weights)
             losses, gradients = [], []
             for part in (self._parts.fit, self._parts.choose):
@@ -281,6 +286,7 @@ class Learner:
                 gradients.append(self._model.take_gradient())
             slopes, gram, fingerprints = self._model.slopes(gradients, gram=number == 0)
             return {
+                "bytes": self._model.bytes_read - before,
                 "losses": [found.mean.value for found in losses],
                 "slopes": [
                     (row / float(found.targets.sum())).tolist() for row, found in zip(slopes, losses, strict=True)
@@ -290,6 +296,7 @@ class Learner:
 
         self._progress(f"evaluation {number + 1}", self._best if math.isfinite(self._best) else None)
         found = journal.get(f"evaluation {number}", measure)
+        self._read["evaluation"] += found["bytes"]
         (fit, choose), (fit_slopes, choose_slopes) = found["losses"], map(np.array, found["slopes"])
         self._best = min(self._best, choose)
         evaluation = Evaluation(*proposal, fit, fit_slopes, choose, choose_slopes)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,11 +60,11 @@ def part_losses(model: nn.Module, part: Part, loss: ItemLoss, batch_size: int, g
         gradient: add the gradient of the *sum* over all documents to the parameters' ``grad``.
 
     Raises:
-        ValueError: if the loss returns something else than one number per item.
+        ValueError: if the loss returns something else than one number per item, or memory runs out.
     """
     items = [(index, item) for index, document in enumerate(part.documents) for item in document.items]
     sums, counts = (torch.zeros(len(part.documents), dtype=torch.float64, device="cpu") for _ in range(2))
-    with torch.set_grad_enabled(gradient):
+    with torch.set_grad_enabled(gradient), _saying_what_to_lower(batch_size):
         for first in range(0, len(items), batch_size):
             owners, batch = zip(*items[first : first + batch_size], strict=True)
             each, targets = _checked(loss(model, batch), len(batch))
@@ -73,6 +74,18 @@ def part_losses(model: nn.Module, part: Part, loss: ItemLoss, batch_size: int, g
             sums.index_add_(0, owner, each.detach().double().cpu())
             counts.index_add_(0, owner, targets.detach().double().cpu())
     return Losses(sums, counts)
+
+
+@contextmanager
+def _saying_what_to_lower(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"out of memory with batch_size={batch_size} ({first}). "
+            "Lower batch_size (--batch-size), or the length of sequences (--length); what was measured is kept."
+        ) from error
 
 
 def _checked(found: Tensor | tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:

@@ -100,6 +100,8 @@ class Search:
         found = [proposal for setting in self._settings if (proposal := self._of(setting)) is not None]
         if not found:
             return None
+        if len(self._seen) == 1:
+            return found[0]
         return found[int(np.argmin(self._choose.predict(np.array([proposal.weights for proposal in found]))))]
 
     def hessian(self) -> Floats:
@@ -108,8 +110,12 @@ class Search:
 
     def _of(self, setting: Setting) -> Proposal | None:
         """The minimum of the model for one setting, within the trust region around the best weights it allows."""
-        best, _, slopes, hessian = self._fit.expansion()
+        best, loss, slopes, hessian = self._fit.expansion()
         count = len(best)
+        if len(self._seen) == 1:
+            # Nothing is known of the curvature yet: it is taken to be what makes the first step as long as the radius.
+            steepness = float(np.sqrt(max(slopes @ np.linalg.pinv(self._gram, rcond=1e-10) @ slopes, 0.0)))
+            hessian = hessian * (steepness / self._radius)
         curved = hessian + setting.ridge * np.eye(count)
         linear = hessian @ best - slopes + setting.ridge * self._prior
         centre = self._centre(setting)
@@ -123,7 +129,8 @@ class Search:
                 tried = self._damped(curved, linear, centre, float(np.exp(middle)), setting.mode)
                 low, high = (middle, high) if self._distance(tried, centre) > self._radius else (low, middle)
             found = self._damped(curved, linear, centre, float(np.exp(high)), setting.mode)
-        expected = float(self._fit.predict(found[None])[0])
+        moved = found - best
+        expected = float(loss + moved @ slopes + 0.5 * moved @ hessian @ moved)
         now = min((e.fit + self._penalty(e.weights, setting) for e in self._allowed(setting)), default=np.inf)
         if now - expected - self._penalty(found, setting) < _STEP:
             return None
