@@ -79,7 +79,11 @@ class Search:
 
     def __init__(self, gram: Floats, prior: Floats, settings: Sequence[Setting], radius: float) -> None:
         self._gram, self._prior, self._settings, self._radius = gram, prior, list(settings), radius
-        self._fit, self._choose = QuadraticModel(gram), QuadraticModel(gram)
+        # Where nothing is known the loss is taken to curve half as it does in parameter space, half as in the weights:
+        # what tells checkpoints apart is drift, which the Gram matrix is made of, and noise, which is independent and
+        # about as much in each of them.
+        self._base = gram + np.trace(gram) / len(gram) * np.eye(len(gram))
+        self._fit, self._choose = QuadraticModel(self._base), QuadraticModel(self._base)
         self._seen: list[Evaluation] = []
 
     def add(self, found: Evaluation) -> None:
@@ -114,12 +118,13 @@ class Search:
         count = len(best)
         if len(self._seen) == 1:
             # Nothing is known of the curvature yet: it is taken to be what makes the first step as long as the radius.
-            steepness = float(np.sqrt(max(slopes @ np.linalg.pinv(self._gram, rcond=1e-10) @ slopes, 0.0)))
+            downhill = minimum(self._base, self._base @ best - slopes, "free") - best
+            steepness = self._distance(downhill, np.zeros(count))
             hessian = hessian * (steepness / self._radius)
         curved = hessian + setting.ridge * np.eye(count)
         linear = hessian @ best - slopes + setting.ridge * self._prior
         centre = self._centre(setting)
-        found, on_edge = minimum(curved, linear, setting.mode), False
+        found, on_edge = minimum(curved, linear, setting.mode), len(self._seen) == 1
         if self._distance(found, centre) > self._radius:
             on_edge = True
             scale = np.trace(hessian) / max(np.trace(self._gram), np.finfo(np.float64).tiny)
