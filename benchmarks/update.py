@@ -1,6 +1,6 @@
 """Cost of one averaging update on the parameters of GPT-2 124M, against what people use today.
 
-Needs ``pip install -e '.[bench]'``. Run: ``python benchmarks/update.py [--repeats 15]``.
+Needs ``pip install -e '.[bench]'``. Run: ``python benchmarks/update.py [--repeats 15] [--many]``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import types
 import torch
 from _harness import measure, report, resident_bytes
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from lagless import BEMA, EMA, Averager
 
+MANY, SMALL = 20_000, 64  # tensors, elements of each
 FOUR = {f"rule{i}": BEMA.paper(ema_power=power, update_freq=1) for i, power in enumerate((0.2, 0.3, 0.4, 0.5))}
 
 
@@ -22,9 +22,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--many", action="store_true", help="only measure a model of 20,000 small tensors")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
+    if arguments.many:
+        return many_tensors(arguments.device, arguments.repeats)
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     model = GPT2LMHeadModel(GPT2Config()).to(arguments.device)
     parameters = [p.detach() for p in model.parameters()]
     size = sum(p.numel() * p.element_size() for p in parameters)
@@ -63,6 +68,36 @@ def main() -> None:
             "four rules / one": (seconds[four] / one, "<=", 3.2),
             "extra copies, EMA": (memory["ema"], "<=", 1.05),
             "extra copies, BEMA": (memory["bema"], "<=", 2.05),
+        },
+    )
+
+
+def many_tensors(device: str, repeats: int) -> None:
+    """Cost of an update where calls cost more than memory traffic."""
+    model = torch.nn.ParameterList(torch.randn(SMALL, device=device) for _ in range(MANY))
+    parameters = [p.detach() for p in model]
+    buffer = [p.clone() for p in parameters]
+    candidates = {
+        "torch._foreach_lerp_": lambda: torch._foreach_lerp_(buffer, parameters, 1e-1),
+        "lagless, EMA": Averager(model, EMA(decay=0.9)).update,
+        "lagless, EMA with small gains": Averager(model, EMA(decay=0.9999)).update,
+        "lagless, two EMAs": Averager(model, {"a": EMA(decay=0.9), "b": EMA(decay=0.8)}).update,
+        "lagless, step without an update": Averager(model, EMA(decay=0.9, update_freq=10**9)).update,
+    }
+    if device != "cpu":
+        candidates = {name: synchronised(call) for name, call in candidates.items()}
+    seconds = measure(candidates, repeats)
+    base = seconds["torch._foreach_lerp_"]
+    print(f"{MANY} tensors of {SMALL} elements, float32, {repeats} repeats, medians")
+    for name, s in seconds.items():
+        print(f"{name:36s} {s * 1e3:9.3f} ms   {s / base:6.2f} x _foreach_lerp_")
+    report(
+        f"update-many-{device}",
+        {"tensors": MANY, "elements": SMALL, "repeats": repeats, "seconds": seconds},
+        {
+            "one rule / _foreach_lerp_": (seconds["lagless, EMA"] / base, "<=", 3.0),
+            "small gains / _foreach_lerp_": (seconds["lagless, EMA with small gains"] / base, "<=", 3.0),
+            "step without an update, ms": (seconds["lagless, step without an update"] * 1e3, "<=", 1.0),
         },
     )
 

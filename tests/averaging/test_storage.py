@@ -5,10 +5,13 @@ import os
 
 import pytest
 import torch
+from torch._inductor.exc import InductorError
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lagless import BEMA, DEMA, EMA, OUEMA, Averager, WindowAverage
+from lagless import BEMA, DEMA, EMA, OUEMA, Averager, UniformAverage, WindowAverage
 from lagless.averaging import _buffers
-from lagless.execution import KERNEL_SMALLEST, _lerp_c
+from lagless.averaging._rule_set import RuleSet
+from lagless.execution import KERNEL_SMALLEST, _compiled, _lerp_c, _lerp_compiled, lerp_compiled
 from lagless.execution._rounding import stochastic_round_
 
 
@@ -131,7 +134,7 @@ def test_one_call_into_c_equals_the_blocks(dtype, threads, monkeypatch):
     calls = []
     original = _buffers.lerp_c
     monkeypatch.setattr(
-        _buffers, "lerp_c", lambda rows, gains: (calls.append((len(rows), len(gains))), original(rows, gains))
+        _buffers, "lerp_c", lambda live, averages, *rest: (calls.append(len(live)), original(live, averages, *rest))
     )
     monkeypatch.setattr("lagless.execution._c._FEWEST", 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -163,18 +166,157 @@ def test_without_a_c_compiler_it_is_the_blocks(monkeypatch):
         averager = Averager(weights, {"a": EMA(decay=0.9), "b": EMA(decay=0.8)})
         before = weights["w"].clone()
         weights["w"].add_(1.0)
-        averager.update()
+        with pytest.warns(RuntimeWarning, match="'lagless-has-no-such-compiler' does not work.* LAGLESS_C=0"):
+            averager.update()
         assert _lerp_c._library() is None
         torch.testing.assert_close(averager.read("a")["w"], before + 0.1)
     finally:
         _lerp_c._library.cache_clear()
 
 
+def test_c_is_turned_off_by_a_variable(monkeypatch):
+    monkeypatch.setenv("LAGLESS_C", "0")
+    _lerp_c._library.cache_clear()
+    try:
+        assert _lerp_c._library() is None  # and no warning
+        monkeypatch.setenv("LAGLESS_C", "no")
+        _lerp_c._library.cache_clear()
+        with pytest.raises(ValueError, match="LAGLESS_C='no'; set it to 0"):
+            _lerp_c._library()
+    finally:
+        _lerp_c._library.cache_clear()
+
+
+def test_c_refuses_tensors_that_are_not_like_the_first():
+    if _lerp_c._library() is None:
+        pytest.skip("no C compiler")
+    live, bits = torch.zeros(4), torch.zeros(4, dtype=torch.int16)
+    for average, low in [
+        (torch.zeros(3), None),
+        (torch.zeros(4).double(), None),
+        (torch.zeros(8)[::2], None),
+        (torch.zeros(4, device="meta"), None),
+        (torch.zeros(4), bits[:3]),
+        (torch.zeros(4), torch.zeros(4)),
+    ]:
+        with pytest.raises(ValueError, match="tensors for C"):
+            _lerp_c.lerp_c([live], [[average]], [0.5], [low if low is None else [low]])
+
+
+def test_any_number_of_rules_is_compiled_by_few_kernels():
+    # torch gives up at the ninth recompilation of one function.
+    generator = torch.Generator().manual_seed(0)
+    live = torch.randn(KERNEL_SMALLEST, generator=generator)
+    for count in range(1, 11):
+        gains = torch.linspace(0.1, 0.9, count, dtype=torch.float64)
+        averages = [torch.randn(KERNEL_SMALLEST, generator=generator) for _ in range(count)]
+        expected = [average.lerp(live, gain) for average, gain in zip(averages, gains.tolist(), strict=True)]
+        lerp_compiled(live, averages, gains)
+        for average, wanted in zip(averages, expected, strict=True):
+            torch.testing.assert_close(average, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_without_a_compiler_a_compiled_update_is_the_eager_one(monkeypatch):
+    calls = []
+
+    def broken(function, **options):
+        def run(*arguments):
+            calls.append(1)
+            raise InductorError(RuntimeError("no C++ compiler"), "there is none")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(_compiled, "_warned", False)
+    _lerp_compiled._kernel.cache_clear()
+    weights = {"w": torch.randn(KERNEL_SMALLEST)}
+    rules = {"a": EMA(decay=0.9), "b": UniformAverage()}
+    try:
+        eager, compiled = Averager(weights, rules), Averager(weights, rules, compile=True)
+        with pytest.warns(RuntimeWarning, match="torch.compile failed .*compile=True has no effect"):
+            for n in range(3):
+                weights["w"].add_(0.5 - n)
+                eager.update()
+                compiled.update()
+        assert len(calls) == 1  # of the kernel for two averages, and not again
+        for name in rules:
+            torch.testing.assert_close(compiled.read(name)["w"], eager.read(name)["w"], rtol=1e-6, atol=1e-6)
+    finally:
+        _lerp_compiled._kernel.cache_clear()
+
+
+def test_an_update_that_fails_is_not_counted(monkeypatch):
+    weights = {"w": torch.randn(5)}
+    averager = Averager(weights, EMA(decay=0.9))
+    averager.update()
+    with monkeypatch.context() as patch:
+        patch.setattr(_buffers, "_update", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            averager.update()
+    assert (averager.step, averager.updates()) == (1, 1)
+    averager.update()
+    assert (averager.step, averager.updates()) == (2, 2)
+
+
+def test_a_step_without_an_update_does_not_look_at_the_tensors(monkeypatch):
+    averager = Averager({"w": torch.randn(5)}, EMA(decay=0.9, update_freq=3))
+    looked = []
+    original = averager._live.tensors
+    monkeypatch.setattr(
+        averager._live, "tensors", lambda **options: (looked.append(averager.step), original(**options))[1]
+    )
+    for _ in range(6):
+        averager.update()
+    assert looked == [2, 5] and averager.updates() == 2
+
+
+class Transfers(TorchDispatchMode):
+    """Counts what lets the host wait for a device: copies between them, and tensors made there of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        result = function(*args, **(kwargs or {}))
+        tensors += [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+        if len({t.device for t in tensors}) > 1 or function is torch.ops.aten._local_scalar_dense.default:
+            self.found.append(function)
+        return result
+
+
+@pytest.mark.parametrize("storage", [None, torch.float64])
+def test_an_update_on_a_device_does_not_wait_for_it(storage):
+    # Meta tensors stand for those of a device. Blocks and steps must not add transfers.
+    live = [torch.empty(70, 3, device="meta"), torch.empty(1 << 16, device="meta")]
+    rules = {"u": UniformAverage(update_after=200), "d": DEMA.paper(update_freq=1), "w": WindowAverage(window=2)}
+    followed = RuleSet(rules, 300)
+    buffers = _buffers.AverageBuffers(live, followed.keys, dtype=storage, device=None, seed=0)
+    with Transfers() as transfers:
+        for step in range(301, 404):
+            rows, followed.last = followed.advance(step)
+            buffers.update(live, rows, step)
+    assert any(buffers.low) == (storage is None)
+    assert not transfers.found
+
+
+def test_a_moved_model_is_followed_with_its_low_bits():
+    live = [torch.empty(4, device="meta")]
+    followed = RuleSet({"u": UniformAverage()}, 0)
+    buffers = _buffers.AverageBuffers([torch.randn(4)], followed.keys, dtype=None, device=None, seed=0)
+    buffers.keep_low(0)
+    rows, _ = followed.advance(1)
+    buffers.update(live, rows, 1)
+    assert buffers.buffers[0][0].device == buffers.low[0][0].device == live[0].device
+
+
 def test_blocks_cover_every_element_once():
     live = [
         torch.arange(n, dtype=torch.float32) for n in (1, _buffers._CPU_BLOCK - 1, 3, 2 * _buffers._CPU_BLOCK + 7, 0)
     ]
-    blocks = list(_buffers._cut(live, [live, []], share=True))
+    parts = list(_buffers._cut([(i, t, [t, None]) for i, t in enumerate(live)], share=True))
+    blocks = list(_buffers._blocks(parts, live, [live, []], []))
     assert sum(p.numel() for block in blocks for p in block.live) == sum(t.numel() for t in live)
     assert all(sum(p.numel() for p in block.live) <= _buffers._CPU_BLOCK for block in blocks)
     for block in blocks:

@@ -18,8 +18,8 @@ from lagless.averaging._attachment import Attachment
 from lagless.averaging._buffers import AverageBuffers
 from lagless.averaging._live import LiveTensors, Source
 from lagless.averaging._rule_set import RuleSet
-from lagless.averaging._state import State, make_state, match
-from lagless.execution import Sharding, combine, follow_optimizer, follow_optimizers, leave_evaluation, local
+from lagless.averaging._state import State, buffer_with_low, make_state, match
+from lagless.execution import combine, follow_optimizer, follow_optimizers, leave_evaluation, local
 from lagless.rules import InitialWeights, Rule, Tick, named_rules, require_updates
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class Averager:
             ``EMA(half_life_fraction=0.05)``, the same average at every length of run.
         dtype: of the stored averages: None for float32 (wider where the parameters are), or ``torch.bfloat16``, which
             is rounded stochastically so that averages with long memories still move. θ_0 and snapshots keep the
-            parameters' dtype.
+            parameters' dtype. From the first gain below 0.01 on, float32 averages keep 16 bits more, half as much
+            memory again: what rounding would cut off from the many small updates.
         device: where averages are kept; None for each parameter's own device. ``"cpu"`` under an accelerator: they are
             updated there while training goes on (see :meth:`wait`).
         start: path of the base checkpoint, if it holds θ_0: BEMA then stores one copy, like an EMA. It is checked to
@@ -144,12 +145,12 @@ class Averager:
                 "the Averager is attached to an optimizer, whose steps it counts by itself: leave update() out, or "
                 "remove() the attachment first."
             )
-        live = self._live.tensors()
         if self._stored_start is not None:
             self._stored_start.require_verified()
-        self.step += 1
-        if rows := self._rules.advance(self.step):
-            self._buffers.update(live, rows, self.step)
+        rows, last = self._rules.advance(self.step + 1)
+        if rows:  # looking at thousands of tensors costs more than all else that a step without an update does
+            self._buffers.update(self._live.tensors(detach=False), rows, self.step + 1)
+        self.step, self._rules.last = self.step + 1, last
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Call :meth:`update` after every real step of ``optimizer`` from now on.
@@ -314,7 +315,7 @@ class Averager:
             "seed": self._buffers.seed,
             "start": stored and {"name": stored.path.name, "fingerprint": stored.fingerprint},
         }
-        return make_state(self._live, self._rules, self._buffers.buffers, numbers)
+        return make_state(self._live, self._rules, self._buffers.buffers, self._buffers.low, numbers)
 
     @torch.no_grad()
     def load_state_dict(self, state: State) -> None:
@@ -328,12 +329,30 @@ class Averager:
         """
         self._refuse_while_applied("load a state")
         own = self.state_dict()
-        parts = {name: Sharding.of(own["tensors"][name]).part_of(tensor) for name, tensor in match(state, own).items()}
+        tensors, with_low = match(state, own)
+        shardings = dict(zip(self._live.names, self._live.shardings, strict=True))
+        parts = {name: shardings[name.split("/", 1)[1]].part_of(tensor) for name, tensor in tensors.items()}
         meta = state["meta"]
         self._rules.last = {name: Tick(**meta["last"][name]) for name in self.rules}
         self.step, self._buffers.seed = meta["step"], meta["seed"]
-        for name, tensor in own["tensors"].items():
-            local(tensor).copy_(parts[name])
+        for i, name in enumerate(self._rules.buffer_names()):
+            if name in with_low:
+                self._buffers.keep_low(i)
+        left_out = []
+        for name, tensor in self.state_dict()["tensors"].items():
+            if name in parts:
+                local(tensor).copy_(parts[name])
+            else:  # low bits that the state has not
+                local(tensor).zero_()
+                left_out += [name] if buffer_with_low(name) in with_low else []
+        if left_out:
+            warnings.warn(
+                f"the state was made with low bits, and is loaded without {len(left_out)} of them, {left_out[:3]}: the "
+                "averages go on from their values in float32, not bit for bit. The Averager has room for them from now "
+                "on: load once more, into its present state_dict().",
+                UserWarning,
+                stacklevel=2,
+            )
         if self._stored_start is not None:
             self._stored_start.mismatch = None  # the state vouches for θ_0 by its fingerprint
 

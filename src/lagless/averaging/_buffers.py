@@ -2,14 +2,18 @@
 
 The update is bound by memory traffic. Tensors are cut into blocks that stay in cache, and every buffer's update of a
 block is done before the next block is touched: the live weights are read from memory once for all rules. Several
-averages on the host are moved by one call into C; elsewhere, compiled, those of a large tensor by one kernel. Buffers
-on the host follow an accelerator in a thread.
+averages on the host are moved by one call into C, and so are those that keep the low bits of small updates; elsewhere,
+compiled, those of a large tensor by one kernel. Buffers on the host follow an accelerator in a thread.
+
+How tensors are cut depends on their kinds alone and is kept from one update to the next, as places in lists; tensors
+are not kept, since views of them would hold the memory of a model that has moved to another device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,20 +21,53 @@ from torch import Tensor
 from lagless.averaging._offload import Offload, can_overlap
 from lagless.execution import (
     KERNEL_SMALLEST,
+    LERP_C_MANY,
     LERP_C_SMALLEST,
+    LOW_DTYPE,
     Noise,
     RowUpdate,
     apply_row,
     buffer_dtype,
     fits_lerp_c,
+    is_small,
     lerp_c,
     lerp_compiled,
+    on_device,
     pieces,
 )
 
 # Elements. On CPUs 4 MiB of float32 stay in a shared cache and are large enough to hide the cost of a call; elsewhere
 # a launch costs more than reading the live weights again.
 _CPU_BLOCK, _BLOCK = 1 << 20, 1 << 26
+_MOST_PLANS = 16  # combinations of rules that are due together
+
+Low = list[Tensor | None]
+"""What the rounding of one buffer's tensors has cut off; None where that is not kept, empty if for none of them."""
+
+
+class _Piece(NamedTuple):
+    """One of the pieces, of ``size`` elements at most, of the tensors in one place of all lists."""
+
+    place: int
+    number: int
+    size: int
+    flat: bool
+
+
+class _Part(NamedTuple):
+    """Pieces of one device and dtype per list; ``whole`` if that is one large tensor, for a compiled kernel."""
+
+    pieces: tuple[_Piece, ...]
+    cut: bool
+    whole: bool
+
+
+class _Plan(NamedTuple):
+    """How one update is done: which tensors by C, and the cuts of the others and, for rows not for C, of those."""
+
+    in_c: list[list[int]]  # by dtype of the live tensors
+    others: list[_Part]
+    same: list[_Part]
 
 
 @dataclass
@@ -40,11 +77,13 @@ class _Block:
     Attributes:
         live: pieces of the live tensors.
         buffers: for each buffer, its pieces; none for a buffer that is kept elsewhere.
+        low: for each buffer, the pieces of its low bits; none where they are not kept.
         whole: whether this is one large tensor, for a compiled kernel.
     """
 
     live: list[Tensor] = field(default_factory=list)
     buffers: list[list[Tensor]] = field(default_factory=list)
+    low: list[list[Tensor]] = field(default_factory=list)
     whole: bool = False
 
 
@@ -52,7 +91,7 @@ class AverageBuffers:
     """Buffers, each a list of tensors like the live ones and starting as their copy.
 
     Buffers that hold iterates (θ_0, snapshots) keep the parameters' dtype, which loses nothing; averages have
-    ``dtype``.
+    ``dtype``. Those in float32 whose gain falls below 0.01 get low bits beside them, half as much memory again.
 
     Args:
         live: the live tensors.
@@ -81,11 +120,14 @@ class AverageBuffers:
         self._compile = compile
         self._offload: Offload | None = None
         self._buffers: list[list[Tensor]] = []
+        self._kinds: list[Hashable] = []
+        self._plans: dict[Hashable, _Plan] = {}
         for label in labels:
             self._buffers.append([])
             for tensor in () if label in absent else live:
                 kind = buffer_dtype(label, tensor.dtype, dtype)
                 self._buffers[-1].append(torch.empty_like(tensor, dtype=kind, device=device).copy_(tensor))
+        self._low: list[Low] = [[] for _ in labels]
 
     @property
     def buffers(self) -> list[list[Tensor]]:
@@ -93,46 +135,105 @@ class AverageBuffers:
         self.wait()
         return self._buffers
 
+    @property
+    def low(self) -> list[Low]:
+        """The low bits of each buffer, after the updates given so far."""
+        self.wait()
+        return self._low
+
+    def keep_low(self, buffer: int) -> None:
+        """Make room for the low bits of the float32 tensors of ``buffer``, which are 0 at first."""
+        self.wait()
+        if not self._low[buffer] and any(t.dtype == torch.float32 for t in self._buffers[buffer]):
+            self._plans = {}
+            self._low[buffer] = [
+                torch.zeros_like(t, dtype=LOW_DTYPE) if t.dtype == torch.float32 else None
+                for t in self._buffers[buffer]
+            ]
+
     def update(self, live: Sequence[Tensor], rows: Sequence[RowUpdate], step: int) -> None:
         """Apply ``rows`` in the given order: one that reads another buffer's old value comes before that one's own.
 
         If the buffers are on the host and live tensors on an accelerator, this is only begun here.
         """
-        if self._device is None:
-            self._follow_devices(live)
+        kinds: list[Hashable] = [(type(t), t.dtype, t.device, t.shape, t.is_contiguous(), t.is_neg()) for t in live]
+        if kinds != self._kinds:
+            self._kinds, self._plans = kinds, {}
+            if self._device is None:
+                self._follow_devices(live)
+        for row in rows:
+            if is_small(row):
+                self.keep_low(row.buffer)
         noise = Noise(self.seed, step)
         if self._device is not None and self._device.type == "cpu" and any(can_overlap(t.device) for t in live):
             self._offload = self._offload or Offload()
-            blocks = _cut(live, self._buffers, staged=True, compile=self._compile)
+            parts = self._cut(live, range(len(live)), staged=True)
             largest = _CPU_BLOCK * max(t.element_size() for t in live)
+            live = [t.detach() for t in live]  # the thread records for autograd, as every new one does
+            blocks = _blocks(parts, live, self._buffers, self._low)
             self._offload.start(live, ((block.live, _updating(block, rows, noise)) for block in blocks), largest)
             return
-        lerps = [row for row in rows if _is_lerp(row)]
-        together = self._together(live, lerps)
-        self._update_in_blocks(live, set(range(len(live))) - together, rows, noise)
-        self._update_in_blocks(live, together, [row for row in rows if row not in lerps], noise)
-        for dtype in {live[i].dtype for i in together}:
-            columns = [[live[i], *(self.buffers[row.buffer][i] for row in lerps)] for i in sorted(together)]
-            lerp_c([c for c in columns if c[0].dtype == dtype], [row.live for row in lerps])
-
-    def _together(self, live: Sequence[Tensor], lerps: Sequence[RowUpdate]) -> set[int]:
-        """The tensors whose averages one call into C can move. A single average gains nothing by it."""
-        if len(lerps) < 2 or sum(t.numel() for t in live) < LERP_C_SMALLEST:
-            return set()
-        return {i for i, t in enumerate(live) if fits_lerp_c(t, [self.buffers[r.buffer][i] for r in lerps])}
-
-    def _update_in_blocks(
-        self, live: Sequence[Tensor], which: Collection[int], rows: Sequence[RowUpdate], noise: Noise
-    ) -> None:
-        if not which or not rows:
-            return
-        chosen = sorted(which)
-        live, buffers = [live[i] for i in chosen], [[b[i] for i in chosen] if b else [] for b in self.buffers]
-        # A single average reads the live weights once in any case: cutting would only cost calls, except that it keeps
-        # converted copies small.
-        converts = any(t.dtype != b[i].dtype for b in buffers if b for i, t in enumerate(live))
-        for block in _cut(live, buffers, share=converts or len(rows) > 1, compile=self._compile):
+        key = tuple((row.buffer, _is_lerp(row), is_small(row)) for row in rows)
+        if key not in self._plans:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans = {}
+            self._plans[key] = self._plan(live, rows)
+        plan = self._plans[key]
+        for block in _blocks(plan.others, live, self._buffers, self._low):
             _update(block, rows, noise)
+        lerps = [row for row in rows if _is_lerp(row)]
+        if len(lerps) < len(rows):
+            rest = [row for row in rows if not _is_lerp(row)]
+            for block in _blocks(plan.same, live, self._buffers, self._low):
+                _update(block, rest, noise)
+        for places in plan.in_c:
+            self._update_in_c(live, places, lerps)
+
+    def _plan(self, live: Sequence[Tensor], rows: Sequence[RowUpdate]) -> _Plan:
+        in_c = self._for_c(live, [row for row in rows if _is_lerp(row)])
+        chosen = sorted(i for places in in_c for i in places)
+        # A single average reads the live weights once in any case: cutting would only cost calls, except that it keeps
+        # converted copies and other temporaries small.
+        converts = any(t.dtype != b[i].dtype for b in self._buffers if b for i, t in enumerate(live))
+        share = converts or len(rows) > 1 or any(map(is_small, rows))
+        others = sorted(set(range(len(live))) - set(chosen))
+        return _Plan(in_c, self._cut(live, others, share=share), self._cut(live, chosen, share=share))
+
+    def _for_c(self, live: Sequence[Tensor], lerps: Sequence[RowUpdate]) -> list[list[int]]:
+        """The tensors whose averages one call into C can move, by dtype.
+
+        A single average gains by it only if it keeps low bits, or if tensors are so many that calls cost the most; and
+        in float32 alone, where it is torch's lerp bit for bit.
+        """
+        if not lerps or (sum(t.numel() for t in live) < LERP_C_SMALLEST and len(live) < LERP_C_MANY):
+            return []
+        several = len(lerps) > 1
+        if not (several or is_small(lerps[0]) or len(live) >= LERP_C_MANY):
+            return []
+        found: dict[torch.dtype, list[int]] = {}
+        for i, tensor in enumerate(live):
+            if (several or tensor.dtype == torch.float32) and fits_lerp_c(
+                tensor, [self._buffers[row.buffer][i] for row in lerps]
+            ):
+                found.setdefault(tensor.dtype, []).append(i)
+        return list(found.values())
+
+    def _update_in_c(self, live: Sequence[Tensor], places: Sequence[int], lerps: Sequence[RowUpdate]) -> None:
+        low: list[list[Tensor] | None] = []
+        for row in lerps:
+            own = [bits for i in places if self._low[row.buffer] and (bits := self._low[row.buffer][i]) is not None]
+            if own and not is_small(row):
+                torch._foreach_zero_(own)
+            low.append(own if own and is_small(row) else None)
+        columns = [[self._buffers[row.buffer][i] for i in places] for row in lerps]
+        lerp_c([live[i] for i in places], columns, [row.live for row in lerps], low)
+
+    def _cut(
+        self, live: Sequence[Tensor], places: Collection[int], *, share: bool = False, staged: bool = False
+    ) -> list[_Part]:
+        lists = [*self._buffers, *self._low]
+        columns = [(i, live[i], [b[i] if b else None for b in lists]) for i in places]
+        return list(_cut(columns, share=share, staged=staged, compile=self._compile))
 
     def wait(self) -> None:
         """Until every update that was begun has ended.
@@ -148,45 +249,72 @@ class AverageBuffers:
             for i, tensor in enumerate(buffer):
                 if tensor.device != live[i].device:
                     buffer[i] = tensor.to(live[i].device)
+        for bits in self._low:
+            for i, tensor in enumerate(bits):
+                if tensor is not None and tensor.device != live[i].device:
+                    bits[i] = tensor.to(live[i].device)
 
 
 def _cut(
-    live: Sequence[Tensor],
-    buffers: Sequence[Sequence[Tensor]],
+    columns: Sequence[tuple[int, Tensor, Sequence[Tensor | None]]],
     *,
     share: bool = False,
     staged: bool = False,
     compile: bool = False,
-) -> Iterator[_Block]:
-    """Blocks that cover all tensors, in an order that depends on their kinds and sizes alone.
+) -> Iterator[_Part]:
+    """Parts that cover all tensors, in an order that depends on their kinds and sizes alone.
 
     Args:
-        live: the live tensors.
-        buffers: the buffers; an empty one is kept elsewhere.
-        share: whether blocks on CPUs should be small enough to stay in cache.
-        staged: whether all blocks must be, because they pass through memory of the host.
-        compile: give every large tensor, or piece of one that is staged, a block of its own.
+        columns: the place of each live tensor, itself, and its buffers and their low bits; None is kept elsewhere.
+        share: whether parts on CPUs should be small enough to stay in cache.
+        staged: whether all parts must be, because they pass through memory of the host.
+        compile: give every large tensor, or piece of one that is staged, a part of its own.
     """
-    columns = [(tensor, [b[i] if b else None for b in buffers]) for i, tensor in enumerate(live)]
-    block, kind, room = _Block(), None, 0
-    for tensor, own in sorted(columns, key=lambda column: str(_kind(*column))):
+    part: list[_Piece] = []
+    cut, whole, kind, room = False, False, None, 0
+    for place, tensor, own in sorted(columns, key=lambda column: str(_kind(*column[1:]))):
         flat = all(t is None or t.is_contiguous() for t in (tensor, *own))
-        whole = compile and flat and tensor.numel() >= KERNEL_SMALLEST
+        large = compile and flat and tensor.numel() >= KERNEL_SMALLEST
         size = _CPU_BLOCK if staged or (share and tensor.device.type == "cpu") else _BLOCK
-        size = tensor.numel() if whole and not staged else size
-        parts = [None if t is None else pieces(t, size, flat) for t in own]
-        for n, piece in enumerate(pieces(tensor, size, flat)):
-            if whole or room < piece.numel() or kind != _kind(tensor, own):
-                if block.live:
-                    yield block
-                block, kind, room = _Block([], [[] for _ in buffers], whole), _kind(tensor, own), 0 if whole else size
+        size = tensor.numel() if large and not staged else size
+        for number, piece in enumerate(pieces(tensor, size, flat)):
+            if large or whole or room < piece.numel() or kind != _kind(tensor, own):
+                if part:
+                    yield _Part(tuple(part), cut, whole)
+                part, cut, kind, room = [], False, _kind(tensor, own), 0 if large else size
+                whole = large
             room -= piece.numel()
-            block.live.append(piece)
-            for into, part in zip(block.buffers, parts, strict=True):
-                if part is not None:
-                    into.append(part[n])
-    if block.live:
-        yield block
+            part.append(_Piece(place, number, size, flat))
+            cut |= piece is not tensor
+    if part:
+        yield _Part(tuple(part), cut, whole)
+
+
+def _blocks(
+    parts: Sequence[_Part], live: Sequence[Tensor], buffers: Sequence[Sequence[Tensor]], low: Sequence[Low]
+) -> Iterator[_Block]:
+    """The tensors of each part."""
+    last: dict[int, tuple[_Piece, tuple[Tensor, ...]]] = {}
+
+    def piece_of(list_number: int, tensor: Tensor, piece: _Piece) -> Tensor:
+        """Pieces of one tensor follow each other, so those of the latest are all that is kept."""
+        known, found = last.get(list_number, (None, ()))
+        if known is None or known.place != piece.place:
+            found = pieces(tensor, piece.size, piece.flat)
+            last[list_number] = piece, found
+        return found[piece.number]
+
+    for part in parts:
+        places, lists = [piece.place for piece in part.pieces], []
+        for n, tensors in enumerate((live, *buffers, *low)):
+            own = [tensors[i] for i in places] if tensors else []
+            if not own or own[0] is None:  # all are of one kind
+                lists.append([])
+            elif part.cut:
+                lists.append([piece_of(n, t, piece) for t, piece in zip(own, part.pieces, strict=True)])
+            else:
+                lists.append(own)
+        yield _Block(lists[0], lists[1 : 1 + len(buffers)], lists[1 + len(buffers) :], part.whole)
 
 
 def _kind(tensor: Tensor, own: Sequence[Tensor | None]) -> tuple[object, ...]:
@@ -201,10 +329,16 @@ def _update(block: _Block, rows: Sequence[RowUpdate], noise: Noise) -> None:
     fused = [row for row in rows if block.whole and _can_fuse(block, row)]
     for row in rows:
         if row not in fused:
-            apply_row(block.buffers, row, block.live, noise)
+            apply_row(block.buffers, row, block.live, noise, block.low[row.buffer])
     if fused:
-        gains = torch.tensor([row.live for row in fused], dtype=torch.float64, device=block.live[0].device)
-        lerp_compiled(block.live[0], [block.buffers[row.buffer][0] for row in fused], gains)
+        gains = on_device(tuple(row.live for row in fused), torch.float64, block.live[0].device)
+        low: list[Tensor | None] = []
+        for row in fused:
+            bits = block.low[row.buffer]
+            if bits and not is_small(row):
+                bits[0].zero_()
+            low.append(bits[0] if bits and is_small(row) else None)
+        lerp_compiled(block.live[0].detach(), [block.buffers[row.buffer][0] for row in fused], gains, low)
 
 
 def _can_fuse(block: _Block, row: RowUpdate) -> bool:

@@ -34,7 +34,9 @@ class _Parameter:
     key: str
 
     def get(self) -> Tensor:
-        return getattr(self.owner, self.key)
+        # Past nn.Module.__getattr__, which is slow; a parametrized weight is no parameter any more, but an attribute.
+        own = self.owner._parameters.get(self.key)
+        return getattr(self.owner, self.key) if own is None else own
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,19 @@ class LiveTensors:
                 "Unfreeze parameters before making the Averager, or pass named tensors."
             )
         self.shardings = [Sharding.of(place.get()) for place in self._places]
+        self._shapes = [sharding.shape for sharding in self.shardings]
 
     def named(self) -> dict[str, Tensor]:
         """Return the tensors themselves as they are now, by name: with their gradients, and not split into shards."""
         self._reshard()
         return {name: place.get() for name, place in zip(self.names, self._places, strict=True)}
 
-    def tensors(self) -> list[Tensor]:
-        """The tensors as they are now on this rank, detached, in the order of ``names``.
+    def tensors(self, *, detach: bool = True) -> list[Tensor]:
+        """The tensors as they are now on this rank, in the order of ``names``.
+
+        Args:
+            detach: whether outside of autograd; else those that are whole are the parameters themselves, which saves a
+                new tensor for each, for use under ``no_grad``.
 
         Raises:
             RuntimeError: if one has changed its shape or sharding, or tied weights have come apart.
@@ -117,10 +124,14 @@ class LiveTensors:
             if _memory_of(place.get(), name) != _memory_of(first.get(), name):
                 raise RuntimeError(f"{name} is no longer tied to {self.aliases[name]}; {_ANEW}")
         tensors = [place.get() for place in self._places]
-        for name, tensor, sharding in zip(self.names, tensors, self.shardings, strict=True):
-            if (now := Sharding.of(tensor)) != sharding:
-                raise RuntimeError(f"{name} changed its shape from {sharding} to {now}; {_ANEW}")
-        return [local(tensor) for tensor in tensors]
+        plain = [type(tensor) in _PLAIN for tensor in tensors]
+        if not all(plain) or [tensor.shape for tensor in tensors] != self._shapes:
+            for name, tensor, sharding in zip(self.names, tensors, self.shardings, strict=True):
+                if (now := Sharding.of(tensor)) != sharding:
+                    raise RuntimeError(f"{name} changed its shape from {sharding} to {now}; {_ANEW}")
+        if detach:
+            return [local(tensor) for tensor in tensors]
+        return [t if whole else local(t) for t, whole in zip(tensors, plain, strict=True)]
 
     def trained(self) -> list[Tensor]:
         """Return :meth:`tensors` as they train, also while an optimizer shows other weights for evaluation."""
@@ -215,6 +226,7 @@ class LiveTensors:
             module.reshard()
 
 
+_PLAIN = (Tensor, nn.Parameter)
 _ANEW = "make a new Averager after changing the model."
 
 

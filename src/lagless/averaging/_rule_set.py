@@ -45,16 +45,20 @@ class RuleSet:
             raise ValueError(f"{problem}; this Averager follows {', '.join(self.rules)}.")
         return name
 
-    def advance(self, step: int) -> list[RowUpdate]:
-        """Go on to ``step`` and return how buffers move there, in an order that can be applied in place."""
+    def advance(self, step: int) -> tuple[list[RowUpdate], dict[str, Tick]]:
+        """Return how buffers move at ``step``, in an order that can be applied in place, and ``last`` afterwards.
+
+        Nothing is changed here: an update that fails is not counted.
+        """
         rows: dict[int, RowUpdate] = {}
+        last: dict[str, Tick] = {}
         for name, rule in self.rules.items():
             event = rule.schedule.advance(self.last[name], step)
-            self.last[name] = event.last
+            last[name] = event.last
             if rule.schedule.changes(step):
                 copies = [RowUpdate(i, 0.0, (), 1.0) for i in self.index[name]]
                 _merge(rows, update_rows(rule.update(event.last), self.index[name]) if event.updates else copies, name)
-        return in_place_order(rows.values())
+        return in_place_order(rows.values()), last
 
     def coefficients(self, name: str, step: int) -> tuple[list[tuple[int, float]], float]:
         """Return the weights of buffers (those that count) and of the live weights in a read at ``step``.

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
 from lagless.averaging._live import LiveTensors
 from lagless.averaging._rule_set import RuleSet
+from lagless.execution import LOW_DTYPE
 from lagless.rules import rule_to_dict, same_rule
 
 FORMAT = 1
@@ -21,8 +23,16 @@ class State(TypedDict):
     meta: dict[str, Any]
 
 
+_LOW = ".low"
+"""Ends the name of a buffer's low bits, which no buffer's own name does: that ends with a number."""
+
+
 def make_state(
-    live: LiveTensors, rules: RuleSet, buffers: Sequence[Sequence[Tensor]], numbers: dict[str, Any]
+    live: LiveTensors,
+    rules: RuleSet,
+    buffers: Sequence[Sequence[Tensor]],
+    low: Sequence[Sequence[Tensor | None]],
+    numbers: dict[str, Any],
 ) -> State:
     """Return the state of averages; its tensors are the buffers themselves.
 
@@ -30,6 +40,7 @@ def make_state(
         live: what is averaged.
         rules: by which rules.
         buffers: what is stored, one list per key; an empty one is kept elsewhere.
+        low: the low bits of each, empty or None where they are not kept.
         numbers: what else there is to know: step, seed, start.
     """
     names = rules.buffer_names()
@@ -37,6 +48,11 @@ def make_state(
         f"{name}/{parameter}": sharding.present(part)
         for name, buffer in zip(names, buffers, strict=True)
         for parameter, sharding, part in zip(live.names, live.shardings, buffer, strict=bool(buffer))
+    } | {
+        f"{name}{_LOW}/{parameter}": sharding.present(part)
+        for name, bits in zip(names, low, strict=True)
+        for parameter, sharding, part in zip(live.names, live.shardings, bits, strict=bool(bits))
+        if part is not None
     }
     meta = {
         "format": FORMAT,
@@ -44,14 +60,22 @@ def make_state(
         "seed": numbers["seed"],
         "rules": {name: rule_to_dict(rule) for name, rule in rules.rules.items()},
         "last": {name: tick._asdict() for name, tick in rules.last.items()},
-        "buffers": {rule: [names[i] for i in indices] for rule, indices in rules.index.items()},
+        # What has low bits is said here since torch.distributed.checkpoint loads only what a new state has a key for.
+        "buffers": {
+            rule: [names[i] for i in indices] + [names[i] + _LOW for i in indices if low[i]]
+            for rule, indices in rules.index.items()
+        },
         "start": numbers["start"],
     }
     return {"tensors": tensors, "meta": meta}
 
 
-def match(state: State, expected: State) -> dict[str, Tensor]:
-    """The tensors of ``state`` under the names of ``expected``; refused if it belongs to something else.
+def match(state: State, expected: State) -> tuple[dict[str, Tensor], set[str]]:
+    """Return the tensors of ``state`` under the names of ``expected``; refused if it belongs to something else.
+
+    Returns:
+        The tensors, low bits included where ``state`` has them, and the names in ``expected`` of buffers that had low
+        bits when the state was made. States of earlier versions have none.
 
     Raises:
         ValueError: if rules, parameters, storage or base checkpoint differ, naming the first difference and the remedy.
@@ -77,14 +101,21 @@ def match(state: State, expected: State) -> dict[str, Tensor]:
         theirs = {
             own: other
             for rule, names in wanted["buffers"].items()
-            for own, other in zip(names, meta["buffers"][rule], strict=True)
+            for own, other in zip(_without_low(names), _without_low(meta["buffers"][rule]), strict=True)
+        }
+        ours = {other: own for own, other in theirs.items()}
+        announced = {
+            ours[name.removesuffix(_LOW)] for names in meta["buffers"].values() for name in names if name.endswith(_LOW)
         }
         counters = isinstance(meta["step"], int) and isinstance(meta["seed"], int)
         if not counters or meta["last"].keys() != wanted["last"].keys():
             raise KeyError("step, seed, last")
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"this is not the state of an Averager ({error!r}); give what state_dict returned.") from error
 
+    need = {n: t for n, t in need.items() if not _is_low(n)}
+    given_low = {n: t for n, t in have.items() if _is_low(n)}
+    have = {n: t for n, t in have.items() if not _is_low(n)}
     renamed = {name: "/".join([theirs[name.split("/", 1)[0]], name.split("/", 1)[1]]) for name in need}
     if set(renamed.values()) != have.keys():
         missing, surplus = sorted(set(renamed.values()) - have.keys()), sorted(have.keys() - set(renamed.values()))
@@ -94,9 +125,50 @@ def match(state: State, expected: State) -> dict[str, Tensor]:
         )
     matched = {name: have[other] for name, other in renamed.items()}
     for name, tensor in need.items():
-        if matched[name].shape != tensor.shape or matched[name].dtype != tensor.dtype:
+        _require_alike(name, matched[name], tensor.shape, tensor.dtype)
+    found: dict[str, Tensor] = {}
+    for name, tensor in given_low.items():
+        buffer, parameter = name.split("/", 1)
+        own = f"{ours.get(buffer.removesuffix(_LOW))}/{parameter}"
+        if own not in need or need[own].dtype != torch.float32:
             raise ValueError(
-                f"averager state: {name} is {matched[name].dtype} {tuple(matched[name].shape)}, this Averager stores "
-                f"{tensor.dtype} {tuple(tensor.shape)}. Use the same model and the same dtype argument."
+                f"averager state: {name} belongs to no float32 average of this Averager. Use the same model."
             )
-    return matched
+        _require_alike(name, tensor, need[own].shape, LOW_DTYPE)
+        found[low_name(own)] = tensor
+    with_bits = {name.split("/", 1)[0] for name in found}
+    for name, tensor in need.items():
+        if (
+            low_name(name).split("/", 1)[0] in with_bits
+            and tensor.dtype == torch.float32
+            and low_name(name) not in found
+        ):
+            raise ValueError(f"averager state: {low_name(name)} is missing. Use a state that was saved as a whole.")
+    return matched | found, announced | {buffer.removesuffix(_LOW) for buffer in with_bits}
+
+
+def low_name(name: str) -> str:
+    """Return the name of the low bits of the tensor ``name``."""
+    buffer, parameter = name.split("/", 1)
+    return f"{buffer}{_LOW}/{parameter}"
+
+
+def buffer_with_low(name: str) -> str:
+    """Return the buffer of which ``name`` are the low bits."""
+    return name.split("/", 1)[0].removesuffix(_LOW)
+
+
+def _without_low(names: Sequence[str]) -> list[str]:
+    return [name for name in names if not name.endswith(_LOW)]
+
+
+def _is_low(name: str) -> bool:
+    return name.split("/", 1)[0].endswith(_LOW)
+
+
+def _require_alike(name: str, found: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+    if found.shape != shape or found.dtype != dtype:
+        raise ValueError(
+            f"averager state: {name} is {found.dtype} {tuple(found.shape)}, this Averager stores {dtype} "
+            f"{tuple(shape)}. Use the same model and the same dtype argument."
+        )

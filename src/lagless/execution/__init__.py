@@ -27,8 +27,14 @@ from lagless.execution._compiled import (
 )
 from lagless.execution._devices import counts as counts, exact_dtype as exact_dtype
 from lagless.execution._errors import RankError as RankError
-from lagless.execution._lerp_c import LERP_C_SMALLEST as LERP_C_SMALLEST, fits_lerp_c as fits_lerp_c, lerp_c as lerp_c
+from lagless.execution._lerp_c import (
+    LERP_C_MANY as LERP_C_MANY,
+    LERP_C_SMALLEST as LERP_C_SMALLEST,
+    fits_lerp_c as fits_lerp_c,
+    lerp_c as lerp_c,
+)
 from lagless.execution._lerp_compiled import KERNEL_SMALLEST as KERNEL_SMALLEST, lerp_compiled as lerp_compiled
+from lagless.execution._low_bits import LOW_DTYPE as LOW_DTYPE, SMALL_GAIN as SMALL_GAIN
 from lagless.execution._pace_c import PaceRow as PaceRow, fits_pace_c as fits_pace_c, pace_step_c as pace_step_c
 from lagless.execution._process_sums import (
     over_shards as over_shards,
@@ -45,6 +51,7 @@ from lagless.execution._rows import (
     buffer_dtype as buffer_dtype,
     combine as combine,
     in_place_order as in_place_order,
+    is_small as is_small,
     update_rows as update_rows,
 )
 from lagless.execution._sharding import (

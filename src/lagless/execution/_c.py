@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from torch.nn import Parameter
 
 _log = logging.getLogger("lagless")
 _LOCK = threading.Lock()
+SWITCH = "LAGLESS_C"
+"""Environment variable that turns C off."""
 NO_FMA = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-lm")
 """Flags for elementwise formulas. Contracted products would make a value depend on where vectors leave off."""
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
@@ -35,8 +38,13 @@ def compile_source(name: str, flags: Sequence[str]) -> ctypes.CDLL | None:
     """Return the functions of a C file, or None without a working compiler, which the variable ``CC`` may name.
 
     They are compiled for this very processor in a fraction of a second, once per process, so nothing is kept that
-    another machine with the same home folder could pick up.
+    another machine with the same home folder could pick up. The variable ``LAGLESS_C=0``, set before the first use,
+    turns C off without a word.
     """
+    if (wanted := os.environ.get(SWITCH, "1")) not in ("0", "1"):
+        raise ValueError(f"{SWITCH}={wanted!r}; set it to 0 to do without C, or to 1, the default.")
+    if wanted == "0":
+        return None
     with _LOCK:
         return _compile(name, tuple(flags), os.environ.get("CC") or "cc")
 
@@ -65,8 +73,26 @@ def _compile(name: str, flags: tuple[str, ...], compiler: str) -> ctypes.CDLL | 
             subprocess.run(command, check=True, capture_output=True, text=True)
             return ctypes.CDLL(str(target))
     except (OSError, ValueError, subprocess.CalledProcessError) as error:  # ValueError: an open quote in CC
-        _log.info("%s is not compiled, slower code is used: %s %s", name, error, getattr(error, "stderr", ""))
+        _log.info("%s is not compiled: %s %s", name, error, getattr(error, "stderr", ""))
+        _warn_once(compiler)
         return None
+
+
+@functools.cache
+def _warn_once(compiler: str) -> None:
+    warnings.warn(
+        f"the C compiler {compiler!r} does not work, so averages and optimizers on the CPU run on slower code; the log "
+        "'lagless' has its message at level INFO. Results may differ from those of C in the last bit: replicas of one "
+        "run should all have a compiler, or none. Install one or name it in CC; the environment variable "
+        f"{SWITCH}=0 turns C off, and this warning.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def threads_for(elements: int) -> int:
+    """How many threads are worth starting."""
+    return max(1, min(torch.get_num_threads(), elements // _FEWEST))
 
 
 def in_memory(row: Sequence[Tensor]) -> bool:
@@ -116,4 +142,4 @@ class TensorTable:
         self._sizes: NDArray[np.int64] = np.array([row[0].numel() for row in rows], dtype=np.int64)
         self._addresses = np.array([[tensor.data_ptr() for tensor in row] for row in rows], dtype=np.uintp)
         self.sizes, self.addresses = self._sizes.ctypes.data, self._addresses.ctypes.data
-        self.threads = max(1, min(torch.get_num_threads(), int(self._sizes.sum()) // _FEWEST))
+        self.threads = threads_for(int(self._sizes.sum()))

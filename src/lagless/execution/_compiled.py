@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lagless.execution._lerp_compiled import KERNEL_SMALLEST as KERNEL_SMALLEST
+KERNEL_SMALLEST = 1 << 16  # elements: below this, calling a compiled kernel costs more than it saves
 
 
 def fits_kernel(row: Sequence[Tensor]) -> bool:
@@ -25,7 +27,11 @@ def flat(tensor: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as one tensor, so that new values need no new kernel; all that step with them share the copy."""
-    return torch.tensor(numbers, dtype=torch.float64).to(device, dtype)
+    given = torch.tensor(numbers, dtype=torch.float64).to(dtype)
+    if device.type == "cuda":
+        # From pinned memory, the host need not wait for what the device is doing.
+        return given.pin_memory().to(device, non_blocking=True)
+    return given.to(device)
 
 
 @cache
@@ -38,4 +44,50 @@ def compiled(formula: Callable[..., None]) -> Callable[..., None]:
         "realize_opcount_threshold": 10_000,
         "realize_reads_threshold": 10_000,
     }
-    return torch.compile(formula, dynamic=True, fullgraph=True, options=options)
+    return or_eager(torch.compile(formula, dynamic=True, fullgraph=True, options=options), formula)
+
+
+def or_eager(kernel: Callable[..., None], formula: Callable[..., None]) -> Callable[..., None]:
+    """``kernel``, or from its first failure to compile on, after a warning, ``formula``: nothing has been changed then.
+
+    Args:
+        kernel: the compiled formula.
+        formula: the same by single operations.
+    """
+    failed = False
+
+    def run(*arguments: Any) -> None:
+        nonlocal failed
+        if not failed:
+            try:
+                return kernel(*arguments)
+            except _failures() as error:
+                failed = True
+                _warn_once(str(error).strip().partition("\n")[0])
+        formula(*arguments)
+
+    return run
+
+
+@cache
+def _failures() -> tuple[type[Exception], ...]:
+    from torch._dynamo.exc import TorchDynamoException  # of a backend, too
+    from torch._inductor.exc import InductorError
+
+    return TorchDynamoException, InductorError
+
+
+_warned = False
+
+
+def _warn_once(reason: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"torch.compile failed ({reason}), so compile=True has no effect: single operations are used, which are "
+            "slower, and whose results may differ in the last bit. Replicas of one run should all compile, or none: "
+            "install a C++ compiler (CXX names it; Triton on accelerators), or leave compile=True out.",
+            RuntimeWarning,
+            stacklevel=4,
+        )

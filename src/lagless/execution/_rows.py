@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lagless.execution._low_bits import SMALL_GAIN, combine_low_, lerp_low_
 from lagless.execution._rounding import Noise, stochastic_round_
 from lagless.rules import InitialWeights, SnapshotBuffer, UpdateCoefficients
 
@@ -34,6 +35,11 @@ def buffer_dtype(label: Hashable, own: torch.dtype, wanted: torch.dtype | None) 
     return (
         own if isinstance(label, InitialWeights | SnapshotBuffer) else wanted or torch.promote_types(own, torch.float32)
     )
+
+
+def is_small(row: RowUpdate) -> bool:
+    """Whether the average moves by so little that float32 alone would lose part of it."""
+    return 1.0 - SMALL_GAIN < row.keep < 1.0
 
 
 def update_rows(update: UpdateCoefficients, index: Sequence[int] | None = None) -> list[RowUpdate]:
@@ -96,7 +102,13 @@ def combine(
     return total
 
 
-def apply_row(buffers: Sequence[list[Tensor]], row: RowUpdate, live: list[Tensor], noise: Noise) -> None:
+def apply_row(
+    buffers: Sequence[list[Tensor]],
+    row: RowUpdate,
+    live: list[Tensor],
+    noise: Noise,
+    low: list[Tensor] | None = None,
+) -> None:
     """Apply ``row`` in place, in float32 or wider.
 
     Args:
@@ -104,13 +116,24 @@ def apply_row(buffers: Sequence[list[Tensor]], row: RowUpdate, live: list[Tensor
         row: which buffer moves, and how.
         live: the same pieces of the weights, on any device.
         noise: for buffers in bfloat16, which are rounded stochastically.
+        low: what the rounding of the buffer, in float32, has cut off, if that is kept; it is updated in a small row and
+            0 after any other, which leaves the bits of ``torch.lerp``.
     """
     target = buffers[row.buffer]
+    if low and not is_small(row):
+        torch._foreach_zero_(low)
     if row.keep == 0.0 and row.live == 1.0 and not row.others:
         torch._foreach_copy_(target, live)
         return
     device, dtype = target[0].device, torch.promote_types(target[0].dtype, torch.float32)
     live, value = _as(live, device, dtype), _as(target, device, dtype)
+    if low and is_small(row):
+        if row.others:
+            others = [(_as(buffers[other], device, dtype), weight) for other, weight in row.others]
+            combine_low_(target, low, row.keep, [*others, (live, row.live)])
+        else:
+            lerp_low_(target, low, live, row.live)
+        return
     if row.others:
         torch._foreach_mul_(value, row.keep)
         for other, weight in row.others:
