@@ -48,7 +48,8 @@ _COPIES: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def follow_optimizer(optimizer: Optimizer) -> None:
     """Look at ``optimizer`` whenever trained weights are needed, if it has an evaluation mode."""
-    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+    switches = callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+    if switches and isinstance(optimizer, Optimizer):
         _OPTIMIZERS.add(optimizer)
 
 
