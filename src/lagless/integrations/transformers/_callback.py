@@ -17,7 +17,7 @@ from lagless.checkpoints import check_destination
 from lagless.integrations._exports import describe, export_folder, remove_export
 from lagless.integrations._optimizers import averaged_optimizer, training_weights
 from lagless.integrations.distributed import export_model
-from lagless.integrations.transformers._caller import calling_trainer
+from lagless.integrations.transformers._caller import BoundTrainer, calling_trainer
 from lagless.integrations.transformers._evaluation import average_of, evaluate_averages, log_average
 from lagless.integrations.transformers._lora import MergedLoraAverager, is_adapter
 from lagless.integrations.transformers._optimizer_average import OptimizerAverage
@@ -94,17 +94,43 @@ class AveragingCallback(TrainerCallback):
         self._on_missing_state = on_missing_state
         self._attachment: Attachment | None = None
         self._own: OptimizerAverage | None = None
+        self._bound: BoundTrainer | None = None
         self._training = False
         self._saved_step: int | None = None
         # An error in the Trainer's last event keeps it from the callbacks that come later.
         self._last = TrainerCallback()
         self._last.on_train_end = self._end
 
+    def bind(self, trainer: Trainer) -> AveragingCallback:
+        """Hand the Trainer over, and return this callback, which is among its callbacks from here on.
+
+        An event tells a callback neither which Trainer raised it nor what that was called with. Bound, the callback
+        knows: ``trainer.train`` and ``trainer.evaluate`` note their arguments. Unbound, it looks for them among the
+        variables of its callers, which works with the Trainers of transformers and TRL as they are now.
+
+        Args:
+            trainer: before training; a callback serves one Trainer.
+
+        Raises:
+            ValueError: if the callback is bound already.
+
+        >>> # callback = AveragingCallback().bind(trainer)
+        """
+        if self._bound is not None:
+            raise ValueError("this AveragingCallback is bound to a Trainer already; make one for each Trainer.")
+        self._bound = BoundTrainer(trainer)
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        return self
+
+    def _caller(self, state: TrainerState, *arguments: str) -> tuple[Trainer, list[Any]]:
+        return calling_trainer(self, *arguments, bound=self._bound, state=state)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the Averager, or restore it, and follow the optimizer."""
-        trainer, [checkpoint] = calling_trainer(self, "resume_from_checkpoint")
+        trainer, [checkpoint] = self._caller(state, "resume_from_checkpoint")
         self._refuse(trainer)
         forget_record(trainer)
         if self._attachment is not None:  # of a run that ended in an error, such as one batch size too many
@@ -183,7 +209,7 @@ class AveragingCallback(TrainerCallback):
             self._own.optimizer.train()
 
     def _evaluate_averages(self, state: TrainerState, model: nn.Module, metrics: dict[str, float]) -> None:
-        trainer, arguments = calling_trainer(self, "eval_dataset", "ignore_keys", "metric_key_prefix")
+        trainer, arguments = self._caller(state, "eval_dataset", "ignore_keys", "metric_key_prefix")
         averaged: dict[str, float] = {}
         if self._own is not None and self._own.name in self._evaluated():
             prefix = arguments[2]
@@ -222,7 +248,7 @@ class AveragingCallback(TrainerCallback):
         """Export the averages; those of the best step, if the Trainer went back to it."""
         if not self._training:
             return
-        trainer, _ = calling_trainer(self)
+        trainer, _ = self._caller(state)
         self._training = False
         best = _best(args, state)
         if best is not None:
@@ -356,7 +382,7 @@ class AveragingCallback(TrainerCallback):
             if writes and (not args.save_only_model or args.load_best_model_at_end):
                 self.averager.save(checkpoint / STATE_FILE)
             if self._export_at_save:
-                trainer, _ = calling_trainer(self)
+                trainer, _ = self._caller(state)
                 with training_weights(trainer.optimizer):
                     self._export(trainer, self.averager, checkpoint)
         if own is not None and args.load_best_model_at_end and args.should_save:
