@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from lagless.cli._commands import average_command
 from lagless.cli._console import err, out
 from lagless.cli._evaluation_options import BatchSize, Device, Length, Output, Seed, Sequences, check_output, require
 from lagless.cli._rule_options import Grid, RuleNames, chosen_rules, rule_options, settings_of
@@ -66,6 +67,9 @@ def tune_command(
     if output is not None:
         write_tuned(output, found)
         out.print(f"written to {output}", highlight=False, markup=False)
+    if (command := average_command(found.best, [run], trajectory.steps)) is not None:
+        out.print("\nTo make the model:")
+        out.print(command, highlight=False, markup=False)
 
 
 def _about(rule: Rule | None) -> str:
@@ -87,3 +91,16 @@ def _print_tuned(found: Tuned) -> None:
         f"{gain.value:+.4f} ± {gain.standard_error:.4f} from the best start",
         highlight=False,
     )
+    if found.at_edge:
+        values = ", ".join(f"{name}={getattr(found.best, name):g}" for name in found.at_edge)
+        out.print(
+            f"the best lies at an edge of what is searched, {values}: a better one may lie beyond. lagless evaluate "
+            "RUN --rule ... --grid ... evaluates settings of your own",
+            highlight=False,
+        )
+    if found.beyond:
+        out.print(
+            f"{found.beyond} settings were left out, further from the best than the model of the loss is believed. "
+            "A --grid of starts that reaches further, or more --evaluations, bring them in",
+            highlight=False,
+        )

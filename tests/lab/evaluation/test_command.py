@@ -1,16 +1,18 @@
 """``lagless evaluate`` and ``lagless tune`` as a user types them."""
 
 import json
+import shlex
 import sys
 
 import pytest
 
-from lagless import BEMA
+from lagless import BEMA, trajectory_weights
 from lagless.cli import main
 from lagless.lab.evaluate import Row, swings
 from lagless.lab.evaluation import Score, oscillation
 from lagless.lab.statistics import Mean
 from lagless.posthoc import average_checkpoints
+from lagless.rules import rule_from_dict
 
 
 @pytest.fixture
@@ -92,6 +94,11 @@ def test_tune(run, text, tmp_path, lagless):
     assert (live["name"], live["rule"], best["rule"]) == ("live", None, record["best"])
     assert record["best_minus_start"]["value"] == pytest.approx(best["test"]["value"] - start["test"]["value"])
     assert f"{best['test']['value']:.4f}" in printed
+    words = shlex.split(next(line for line in printed.splitlines() if line.startswith("lagless average")))
+    assert lagless(*words[1:-1], tmp_path / "model")[0] == 0
+    made = json.loads((tmp_path / "model" / "lagless.json").read_text())
+    weights = trajectory_weights(rule_from_dict(record["best"]), range(0, 61, 10))
+    assert [source["weight"] for source in made["sources"]] == pytest.approx(weights.tolist(), abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lagless import BEMA, DEMA, EMA, PowerEMA, UniformAverage
+from lagless import BEMA, DEMA, EMA, PowerEMA, UniformAverage, trajectory_weights
 from lagless.checkpoints import find_checkpoints
 from lagless.lab.averages import evaluate_averages
 from lagless.lab.evaluation import held_out_sequences, sequence_losses
-from lagless.lab.tune import SEARCH_RANGES, AverageLoss, QuadraticModel, rules_searched, tune
+from lagless.lab.tune import (
+    SEARCH_RANGES,
+    AverageLoss,
+    QuadraticModel,
+    TrustRegion,
+    at_edge,
+    rules_searched,
+    tune,
+)
 from lagless.posthoc import combine_checkpoints
 
 STARTS = {"bema": BEMA.paper(update_freq=10), "ema": EMA(update_freq=10)}
@@ -133,3 +141,44 @@ def test_bad_requests_are_refused(run, held_out):
         tune(run, STARTS, *held_out, evaluations=2)
     with pytest.raises(ValueError, match="updates every 400 steps"):
         tune(run, {"bema": BEMA.paper()}, *held_out)
+
+
+def test_the_trust_region_follows_the_model():
+    gram = np.diag([1.0, 4.0, 0.0])
+    region = TrustRegion(gram, np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.5, 0.5]]))
+    assert region.radius == pytest.approx(np.sqrt(2.0))
+    far = np.array([[1.4, 0.0, -0.4], [1.5, 0.0, -0.5], [0.0, 0.7, 0.3], [0.0, 0.8, 0.2]])
+    assert region.holds(far, np.array([0.0, 0.0, 1.0])).tolist() == [True, False, True, False]
+    region.adapt(gained=0.5, promised=1.0)
+    assert region.radius == pytest.approx(np.sqrt(2.0))
+    region.adapt(gained=0.1, promised=1.0)
+    assert region.radius == pytest.approx(np.sqrt(2.0) / 2)
+    region.adapt(gained=0.9, promised=1.0)
+    assert region.radius == pytest.approx(np.sqrt(2.0))
+
+
+def test_what_is_evaluated_next_lies_in_the_trust_region(run, held_out):
+    found = tune(run, {"ema": EMA(half_life_fraction=0.02)}, *held_out, evaluations=3)
+    steps = find_checkpoints(run).steps
+    weights = np.array([trajectory_weights(t.rule, steps) if t.rule else np.eye(7)[-1] for t in found.trials])
+    states = combine_checkpoints(find_checkpoints(run).checkpoints, np.eye(7), accumulate="float64")
+    flat = torch.stack([torch.cat([s[name].flatten() for name in s]) for s in states]).numpy()
+    between = np.linalg.norm(weights[1] @ flat - weights[0] @ flat)
+    best = min(range(2), key=lambda i: found.trials[i].loss)
+    assert len(found.trials) == 3
+    assert np.linalg.norm((weights[2] - weights[best]) @ flat) <= 1.001 * between
+    assert found.beyond > 0  # the widest averages are far from both
+
+
+def test_edges_of_what_is_searched():
+    assert at_edge(EMA(half_life_fraction=0.9)) == at_edge(EMA(half_life_fraction=0.95)) == ("half_life_fraction",)
+    assert at_edge(EMA(half_life_fraction=0.1)) == at_edge(EMA(decay=0.9)) == ()
+    assert at_edge(BEMA(half_life_fraction=0.01, correction=1.0)) == ("half_life_fraction",)
+    assert at_edge(BEMA.paper(ema_power=1.0, bias_power=5.0)) == ("ema_power", "bias_power")
+    assert at_edge(BEMA.paper(ema_power=0.0, bias_power=1.0)) == ()
+
+
+def test_settings_that_a_rule_refuses_are_left_out():
+    searched = list(rules_searched(BEMA(half_life_fraction=0.1, anchor=0.4)))
+    assert 0 < len(searched) < len(list(rules_searched(BEMA())))
+    assert all(rule.half_life_fraction < 0.4 for rule in searched)

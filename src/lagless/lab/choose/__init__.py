@@ -15,5 +15,5 @@ from lagless.lab.choose._learning_rate import (
     rate_of_increments as rate_of_increments,
 )
 from lagless.lab.choose._motion import Motion as Motion, fit_motion as fit_motion
-from lagless.lab.choose._progress import Path as Path, path_of as path_of
+from lagless.lab.choose._progress import RunPath as RunPath, path_of as path_of
 from lagless.lab.choose._shortlist import shortlist as shortlist

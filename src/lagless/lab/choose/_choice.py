@@ -13,7 +13,7 @@ from lagless.lab.averages import LIVE, evaluate_averages
 from lagless.lab.choose._increments import increment_products
 from lagless.lab.choose._learning_rate import LearningRate, constant_rate, logged_rate, rate_of_increments
 from lagless.lab.choose._motion import Motion, fit_motion
-from lagless.lab.choose._progress import Path, path_of
+from lagless.lab.choose._progress import RunPath, path_of
 from lagless.lab.choose._shortlist import shortlist
 from lagless.lab.evaluation import Losses, Sequences, sequence_losses
 from lagless.lab.statistics import Mean
@@ -85,7 +85,7 @@ class Choice:
     options: tuple[Option, ...]
     steps: tuple[int, ...]
     rate: LearningRate
-    path: Path
+    path: RunPath
     motion: Motion
     scale: float | None
     scaled_by: str | None

@@ -10,7 +10,7 @@ import numpy as np
 from lagless.rules import FloatArray
 
 
-class Path(NamedTuple):
+class RunPath(NamedTuple):
     """A run as seen along θ_T - θ_0.
 
     Attributes:
@@ -28,7 +28,7 @@ class Path(NamedTuple):
     late: float
 
 
-def path_of(products: FloatArray, steps: Sequence[int]) -> Path:
+def path_of(products: FloatArray, steps: Sequence[int]) -> RunPath:
     """Return the path of a run from the inner products of its increments.
 
     Args:
@@ -47,4 +47,4 @@ def path_of(products: FloatArray, steps: Sequence[int]) -> Path:
     aside = np.sqrt(np.maximum(squares / total - progress**2, 0.0))
     share = (np.asarray(steps, dtype=np.float64) - steps[0]) / (steps[-1] - steps[0])
     half, quarter = (float(np.interp(at, share, progress)) for at in (0.5, 0.75))
-    return Path(float(np.sqrt(total)), progress, aside, half / 0.5, (1.0 - quarter) / 0.25)
+    return RunPath(float(np.sqrt(total)), progress, aside, half / 0.5, (1.0 - quarter) / 0.25)

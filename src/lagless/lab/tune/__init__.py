@@ -5,6 +5,7 @@ from lagless.lab.tune._quadratic_model import QuadraticModel as QuadraticModel
 from lagless.lab.tune._ranges import (
     SEARCH_RANGES as SEARCH_RANGES,
     SearchRange as SearchRange,
+    at_edge as at_edge,
     rules_searched as rules_searched,
 )
 from lagless.lab.tune._search import (
@@ -14,3 +15,4 @@ from lagless.lab.tune._search import (
     tune as tune,
     write_tuned as write_tuned,
 )
+from lagless.lab.tune._trust_region import TrustRegion as TrustRegion

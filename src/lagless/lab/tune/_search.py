@@ -26,7 +26,8 @@ from lagless.lab.output import write_json
 from lagless.lab.statistics import Mean
 from lagless.lab.tune._loss import AverageLoss, Floats
 from lagless.lab.tune._quadratic_model import QuadraticModel
-from lagless.lab.tune._ranges import rules_searched
+from lagless.lab.tune._ranges import at_edge, rules_searched
+from lagless.lab.tune._trust_region import TrustRegion
 from lagless.posthoc import combine_checkpoints
 from lagless.rules import Rule, rule_to_dict, trajectory_weights
 
@@ -67,6 +68,8 @@ class Tuned:
         candidates: live, the rules the search started from, and the best, on the test sequences.
         trials: what was evaluated on validation, in order.
         considered: how many settings there were to choose from.
+        beyond: how many of them lie outside the trust region at the end, where the model of the loss is not believed.
+        at_edge: hyperparameters of the best rule that lie at an end of what is searched.
         best_minus_start: test loss of the best rule minus that of the best start (as validation has it).
     """
 
@@ -75,6 +78,8 @@ class Tuned:
     trials: tuple[Trial, ...]
     considered: int
     best_minus_start: Mean
+    beyond: int = 0
+    at_edge: tuple[str, ...] = ()
 
 
 def tune(
@@ -92,8 +97,8 @@ def tune(
     """Find the best averaging rule and setting on a validation set, and report on sequences the search did not see.
 
     The live weights and the starts are evaluated first, each by one forward and one backward pass over the validation
-    sequences. Then, again and again, the setting is evaluated that a quadratic model of the loss holds best among all
-    of :data:`SEARCH_RANGES`, for every kind of rule at once, until that is one already evaluated.
+    sequences. Then, again and again, the setting is evaluated that a quadratic model of the loss holds best among those
+    of :data:`SEARCH_RANGES` in a trust region, for every kind of rule at once, until that is one already evaluated.
 
     Args:
         run: a run folder, a list of checkpoints, or what :func:`lagless.posthoc.find_checkpoints` found. The
@@ -124,7 +129,8 @@ def tune(
     weights = np.array([trajectory_weights(rule, trajectory.steps) for rule in rules])
     held = load_model(trajectory, device) if model is None else model.eval()
     loss = AverageLoss(held, combine_checkpoints(trajectory.checkpoints, np.eye(len(live))), validation, batch_size)
-    surrogate, trials = QuadraticModel(loss.gram()), {}
+    gram = loss.gram()
+    surrogate, trials = QuadraticModel(gram), {}
 
     def evaluate(rule: Rule | None, row: Floats) -> None:
         value, slopes = loss(row)
@@ -136,21 +142,30 @@ def tune(
     evaluate(None, live)
     for rule, row in zip(dict.fromkeys(starts.values()), weights, strict=False):
         evaluate(rule, row)
-    while len(trials) < evaluations:
-        chosen = int(np.argmin(surrogate.predict(weights)))
-        if rules[chosen] in trials:
-            break
-        evaluate(rules[chosen], weights[chosen])
 
     def named(rule: Rule | None) -> float:
         return trials[rule].loss
+
+    def combination(rule: Rule | None) -> Floats:
+        return live if rule is None else weights[rules.index(rule)]
+
+    region = TrustRegion(gram, np.array([combination(rule) for rule in trials]))
+    while len(trials) < evaluations:
+        ahead = min(trials, key=named)
+        inside = region.holds(weights, combination(ahead))
+        predicted = np.where(inside, surrogate.predict(weights), np.inf)
+        chosen = int(np.argmin(predicted))
+        if not inside.any() or rules[chosen] in trials:
+            break
+        evaluate(rules[chosen], weights[chosen])
+        region.adapt(named(ahead) - named(rules[chosen]), named(ahead) - float(predicted[chosen]))
 
     best = min((rule for rule in trials if rule is not None), key=named)
     best_start = min(starts, key=lambda name: named(starts[name]))
     shown: dict[str, Rule | None] = {"live": None, **starts, "best": best}
     found: dict[str, Losses] = {}
     for name, rule in shown.items():
-        loss.load(live if rule is None else weights[rules.index(rule)])
+        loss.load(combination(rule))
         found[name] = sequence_losses(held, test, batch_size)
     return Tuned(
         best=best,
@@ -161,6 +176,8 @@ def tune(
         trials=tuple(trials.values()),
         considered=len(rules),
         best_minus_start=found["best"].difference(found[best_start]),
+        beyond=int((~region.holds(weights, combination(min(trials, key=named)))).sum()),
+        at_edge=at_edge(best),
     )
 
 
@@ -179,6 +196,8 @@ def write_tuned(path: Path, found: Tuned) -> None:
             "candidates": [{**asdict(one), "rule": rule(one)} for one in found.candidates],
             "trials": [{**asdict(one), "rule": rule(one)} for one in found.trials],
             "considered": found.considered,
+            "beyond": found.beyond,
+            "at_edge": list(found.at_edge),
             "machine": machine(),
             "versions": versions(),
             "commit": commit(),
