@@ -151,8 +151,8 @@ def explanation(choice: Choice) -> list[str]:
     if choice.basis != "default":
         lines.append(
             f"The prediction is that of gradient descent on a quadratic, which misses {choice.motion.misfit:.0%} of "
-            "the motion. Adaptive optimizers measure curvature differently, so noise may weigh more against drift than "
-            "shown."
+            f"the motion, with drift counted {choice.drift_weight:g} times, as runs of AdamW had it. How drift weighs "
+            "against noise on this run only an evaluation tells."
         )
     return [*lines, *choice.doubts]
 

@@ -28,7 +28,7 @@ def case(request):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_predicted_ranking_is_the_exact_one(case, seed):
     name, run, exact = case
-    choice = predict(products_of(run.sample(seed)), run.steps, LINEAR if run.decayed else None)
+    choice = predict(products_of(run.sample(seed)), run.steps, LINEAR if run.decayed else None, drift_weight=1.0)
     values = [*exact.values(), 0.0]
     spread = max(values) - min(values)
     for i, better in enumerate(choice.options):  # apart from rules that are level
@@ -43,7 +43,7 @@ def test_the_predicted_ranking_is_the_exact_one(case, seed):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_of_sgd_the_unit_is_that_of_the_loss(case, seed):
     _, run, exact = case
-    choice = predict(products_of(run.sample(seed)), run.steps, LINEAR if run.decayed else None)
+    choice = predict(products_of(run.sample(seed)), run.steps, LINEAR if run.decayed else None, drift_weight=1.0)
     predicted = np.array([option.predicted for option in choice.options])
     truth = np.array([exact[option.name] for option in choice.options])
     assert predicted @ truth / (truth @ truth) == pytest.approx(1.0, abs=0.2)
@@ -84,7 +84,7 @@ def test_checkpoints_may_be_uneven():
     weights = np.zeros((len(rules), len(run.steps)))
     weights[:, kept] = [row for _, row in rules.values()]
     exact = dict(zip(rules, run.excess(weights), strict=True))
-    choice = predict(products_of(run.sample(0)[kept]), steps)
+    choice = predict(products_of(run.sample(0)[kept]), steps, drift_weight=1.0)
     assert choice.best is not None and exact[choice.best.name] <= 0.98 * min(exact.values())
 
 
@@ -102,6 +102,26 @@ def test_motion_that_is_of_another_kind_gives_no_prediction():
     swinging = np.where(np.arange(21) % 2 == 0, 1.0, -1.0)[:, None] * np.ones((1, 5))  # no OU process has this
     choice = predict(products_of(swinging + 1e-3 * np.arange(21)[:, None]), steps)
     assert choice.basis == "default" and "nothing is predicted" in choice.doubts[0]
+
+
+def test_drift_may_be_weighed():
+    run = RUNS["drift and noise"]
+    one, half = (predict(products_of(run.sample(0)), run.steps, drift_weight=weight) for weight in (1.0, 0.5))
+    drifts = {option.name: option.drift for option in one.options}
+    for option in half.options:
+        assert option.drift == pytest.approx(0.5 * drifts[option.name])
+    assert [option.predicted for option in half.options] == sorted(option.predicted for option in half.options)
+
+
+def test_a_poor_fit_does_not_say_that_there_is_no_noise():
+    """A burst of drift in the middle of a run is no exponential, and noise hides behind it."""
+    steps, burst = list(range(0, 1001, 50)), np.zeros(21)
+    burst[6:10] = 3.0
+    path = np.cumsum(1.0 + burst)[:, None] * np.ones((1, 40)) / 40**0.5
+    noise = np.cumsum(np.random.default_rng(0).standard_normal((21, 40)), axis=0)
+    choice = predict(products_of(path + 0.2 * noise), steps)
+    assert choice.basis == "default" and choice.best is not None
+    assert any("No noise is seen" in doubt or "nothing is predicted" in doubt for doubt in choice.doubts)
 
 
 def test_what_is_refused():
