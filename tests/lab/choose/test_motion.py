@@ -114,14 +114,13 @@ def test_drift_may_be_weighed():
 
 
 def test_a_poor_fit_does_not_say_that_there_is_no_noise():
-    """A burst of drift in the middle of a run is no exponential, and noise hides behind it."""
-    steps, burst = list(range(0, 1001, 50)), np.zeros(21)
-    burst[6:10] = 3.0
-    path = np.cumsum(1.0 + burst)[:, None] * np.ones((1, 40)) / 40**0.5
-    noise = np.cumsum(np.random.default_rng(0).standard_normal((21, 40)), axis=0)
-    choice = predict(products_of(path + 0.2 * noise), steps)
+    """A burst of drift in the middle of a run is no sum of exponentials, and noise might hide in what is left."""
+    steps, pace = list(range(0, 1001, 50)), np.ones(21)
+    pace[6:10] = 2.0
+    choice = predict(products_of(np.cumsum(pace)[:, None] * np.ones((1, 40))), steps)
+    assert choice.options[0].predicted > 0.0 and choice.motion.misfit < 0.5
     assert choice.basis == "default" and choice.best is not None
-    assert any("No noise is seen" in doubt or "nothing is predicted" in doubt for doubt in choice.doubts)
+    assert any("No noise is seen" in doubt for doubt in choice.doubts)
 
 
 def test_what_is_refused():

@@ -109,6 +109,8 @@ def test_too_few_checkpoints_are_refused_or_said(quadratic_run, make_run, lagles
 
 
 def test_with_text_it_is_the_best_of_the_shortlist_and_live(run, text, tokenizer):
+    words = np.random.default_rng(0).choice("The cat dog sat on mat log and".split(), 400)
+    text[0].write_text(" ".join(words))  # so that no two sequences are the same
     sequences = held_out_sequences(str(text[0]), tokenizer, length=48, count=16)
     trajectory = find_checkpoints(run)
     choice = choose_rule(trajectory, sequences)
@@ -124,6 +126,7 @@ def test_with_text_it_is_the_best_of_the_shortlist_and_live(run, text, tokenizer
     for option in choice.options:
         assert option.measured is not None and option.confirmed is not None
         assert option.measured.value == pytest.approx(losses[option.name] - losses["live"], abs=1e-6)
+    assert any(abs(o.measured.value - o.confirmed.value) > 1e-4 for o in choice.options if o.measured and o.confirmed)
     measured = [option.measured.value for option in choice.options if option.measured]
     assert measured == sorted(measured)
 
