@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from tests.lab.choose.quadratics import Quadratic, products_of
 
-from lagless.lab.choose import LearningRate, constant_rate, fit_motion, path_of, predict, rate_of_increments, shortlist
+from lagless.lab.choose import (
+    DEFAULT,
+    LearningRate,
+    constant_rate,
+    fit_motion,
+    path_of,
+    predict,
+    rate_of_increments,
+    shortlist,
+)
 
 RUNS = {
     "drift and noise": Quadratic(1e-3, 0.1, 0.02, 1.0),
@@ -93,7 +102,7 @@ def test_few_checkpoints_are_told_apart_from_many(count):
     run = RUNS["drift and noise"]
     kept = np.linspace(0, len(run.steps) - 1, count).astype(int)
     choice = predict(products_of(run.sample(0)[kept]), [run.steps[i] for i in kept])
-    assert choice.basis == "default" and choice.best is not None and choice.best.name == "EMA 0.05"
+    assert choice.basis == "default" and choice.best is not None and choice.best.name == DEFAULT
     assert f"There are {count} checkpoints" in choice.doubts[0]
 
 

@@ -15,7 +15,7 @@ from tests.model_files import make_run as make_run
 from lagless.checkpoints import find_checkpoints
 from lagless.cli import main
 from lagless.lab.averages import evaluate_averages
-from lagless.lab.choose import choose_rule, shortlist
+from lagless.lab.choose import DEFAULT, choose_rule, shortlist
 from lagless.lab.evaluation import Sequences, held_out_sequences, sequence_losses
 
 HELD_OUT = ["--sequences", "16", "--length", "48"]
@@ -102,7 +102,7 @@ def test_too_few_checkpoints_are_refused_or_said(quadratic_run, make_run, lagles
     code, _, error = lagless("choose", quadratic_run(run, every=40, name="two"))
     assert code == 2 and "2 checkpoints (steps 0, 1000)" in error
     code, printed, _ = lagless("choose", quadratic_run(run, every=10, name="five"))
-    assert code == 0 and printed.startswith("Take EMA 0.05, which is rarely harmful") and "5 checkpoints" in printed
+    assert code == 0 and printed.startswith(f"Take {DEFAULT}, which is rarely harmful") and "5 checkpoints" in printed
     state = {"weight": torch.ones(3)}
     code, _, error = lagless("choose", make_run([state, state, state], name="same"))
     assert code == 2 and "steps 10 and 20 hold the same weights" in error

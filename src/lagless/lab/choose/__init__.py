@@ -1,6 +1,7 @@
 """``lagless choose``: predict which average of a run is best from its checkpoints alone, and check it by evaluation."""
 
 from lagless.lab.choose._choice import (
+    DEFAULT as DEFAULT,
     Choice as Choice,
     Option as Option,
     choose_rule as choose_rule,
