@@ -21,8 +21,8 @@ from lagless.posthoc import Progress
 from lagless.rules import FloatArray, Rule, effective_iterates, mean_age
 
 DEFAULT = "DEMA 0.2"
-"""What is recommended where nothing can be told: of the shortlist, the rule with the lowest mean regret on the runs that
-the prediction was built on, three of AdamW and their beginnings."""
+"""What is recommended where nothing can be told: of the shortlist, the rule with the lowest mean regret on the
+runs that the prediction was built on, three of AdamW and their beginnings."""
 
 DRIFT_WEIGHT = 0.4
 """Fitted to the losses of averages of three runs of AdamW: at constant rates 0.25 and 0.41, decayed to 0 0.61. SGD on a
