@@ -256,3 +256,20 @@ def test_what_does_not_fit_is_refused(hf, tmp_path):
     trainer = make_trainer(hf, tmp_path / "old", [AveragingCallback()], **settings | {"max_steps": 6})
     with pytest.raises(ValueError, match="may go back to .*checkpoint-.*no optimizer_average.safetensors"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_averages_of_the_best_step_do_not_depend_on_the_mode_that_somebody_left_the_optimizer_in(hf, tmp_path):
+    class Leaves(TrainerCallback):
+        def on_epoch_end(self, args, state, control, optimizer, **kwargs):
+            optimizer.eval()
+
+    rule = BEMA.paper(update_freq=2)
+    callbacks = [AveragingCallback({"mine": rule}), live := Live(), Worsen(), recorder := hf.recorder(), Leaves()]
+    trainer = make_trainer(hf, tmp_path, callbacks, **best_settings("eval_loss"))
+    trainer.train()
+    step = trainer.state.best_global_step
+    assert step < 12
+    hf.close(
+        hf.weights(AutoModelForCausalLM.from_pretrained(tmp_path / "averaged/mine")), recorder.average(rule, at=step)
+    )
+    assert equal(stored(tmp_path / "averaged/pace"), live.averages[step])
