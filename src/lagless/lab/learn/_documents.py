@@ -54,7 +54,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """Three parts without a document in common.
+    """Three parts; a document in two of them is refused with a ValueError.
 
     Attributes:
         fit: its loss is what the weights minimise.
@@ -65,6 +65,16 @@ class Parts:
     fit: Part
     choose: Part
     report: Part
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for document in (*self.fit.documents, *self.choose.documents, *self.report.documents):
+            if document.content in seen:
+                raise ValueError(
+                    f"documents: one that begins {document.content[:60]!r} is in more than one part, or twice in one; "
+                    "what is fitted or chosen on cannot be reported on."
+                )
+            seen.add(document.content)
 
 
 def text_documents(data: str, tokenizer: Any, length: int) -> list[Document]:
@@ -100,8 +110,6 @@ def split_documents(documents: Iterable[Document], seed: int = 0) -> Parts:
             "reporting each take documents of their own. Give more text, or end the documents of a .txt file with "
             "<|endoftext|>."
         )
-    if len({document.content for document in ordered}) < len(ordered):
-        raise ValueError("documents: two have the same content, which could then be fitted and reported on.")
     parts: dict[str, list[Document]] = {name: [] for name in SHARES}
     sizes = dict.fromkeys(SHARES, 0)
     for i, document in enumerate(ordered):
