@@ -9,7 +9,7 @@ import torch
 
 from lagless import EMA, Averager
 from lagless.checkpoints import CheckpointError
-from lagless.integrations._exports import export_folder, remove_export
+from lagless.integrations._exports import describe, export_folder, remove_export
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def averager() -> Averager:
 
 
 def _export(out: Path, averager: Averager) -> None:
-    with export_folder(out, averager, "ema") as temporary:
+    with export_folder(out, describe(averager, "ema")) as temporary:
         (temporary / "model.safetensors").write_text("weights")
         (temporary / "deep").mkdir()
         (temporary / "deep" / "tokenizer.json").write_text("{}")

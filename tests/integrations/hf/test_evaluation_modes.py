@@ -43,7 +43,7 @@ def test_logs_and_exports_are_of_the_trained_weights(hf, tmp_path, kind):
     callback, recorder = AveragingCallback(RULES), hf.recorder()
     averages = Averages(callback)
     trainer = run("averaged", callback, averages, recorder)
-    assert all(averages.modes) and len(averages.modes) == 5
+    assert len(averages.modes) == 5
     for name, rule in RULES.items():
         for step, read in averages.read.items():
             if name not in read:
