@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -311,7 +311,7 @@ def _blocks(
             if not own or own[0] is None:  # all are of one kind
                 lists.append([])
             elif part.cut:
-                lists.append([piece_of(n, t, piece) for t, piece in zip(own, part.pieces, strict=True)])
+                lists.append([piece_of(n, cast(Tensor, t), piece) for t, piece in zip(own, part.pieces, strict=True)])
             else:
                 lists.append(own)
         yield _Block(lists[0], lists[1 : 1 + len(buffers)], lists[1 + len(buffers) :], part.whole)

@@ -74,8 +74,8 @@ def _sequences(
 def _tokens(rows: Iterable[dict[str, str]], tokenizer: PreTrainedTokenizerBase, column: str) -> Iterator[np.ndarray]:
     documents = iter(rows)
     while batch := [row[column] for row in itertools.islice(documents, _DOCUMENTS_AT_ONCE)]:
-        encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        yield np.concatenate([[*ids, tokenizer.eos_token_id] for ids in encoded]).astype(np.int32)
+        encoded: Any = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        yield np.concatenate([np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded])
 
 
 def _cut(pieces: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
