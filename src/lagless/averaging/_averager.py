@@ -19,7 +19,15 @@ from lagless.averaging._buffers import AverageBuffers
 from lagless.averaging._live import LiveTensors, Source
 from lagless.averaging._rule_set import RuleSet
 from lagless.averaging._state import State, buffer_with_low, make_state, match
-from lagless.execution import combine, follow_optimizer, follow_optimizers, leave_evaluation, local
+from lagless.averaging._steppers import Steppers
+from lagless.execution import (
+    combine,
+    follow_optimizer,
+    follow_optimizers,
+    leave_evaluation,
+    local,
+    observe_steps,
+)
 from lagless.rules import InitialWeights, Rule, Tick, named_rules, require_updates
 
 if TYPE_CHECKING:
@@ -100,6 +108,8 @@ class Averager:
                 require_updates(rule, require_integer("total_steps", total_steps, minimum=0), after=step)
         follow_optimizers()
         self._live = LiveTensors(source)
+        self._steppers = Steppers(self._live)
+        observe_steps(self._steppers)
         self._applied: str | None = None
         self._attachment: Attachment | None = None
         self._rules = RuleSet(self.rules, step)
@@ -136,7 +146,9 @@ class Averager:
         """Count one optimizer step, and update the rules that are due. Call it after every step of the optimizer.
 
         Raises:
-            RuntimeError: while averaged weights are in the model, or if an attached optimizer calls this already.
+            RuntimeError: while averaged weights are in the model, if an attached optimizer calls this already, or, when
+                a rule is due, if the averaged tensors are no longer those that train: a module was replaced or added,
+                weights were tied, unfrozen or replaced, or optimizers step others.
         """
         self._refuse_while_applied("update")
         self._live.require_training("update")
@@ -149,7 +161,10 @@ class Averager:
             self._stored_start.require_verified()
         rows, last = self._rules.advance(self.step + 1)
         if rows:  # looking at thousands of tensors costs more than all else that a step without an update does
-            self._buffers.update(self._live.tensors(detach=False), rows, self.step + 1)
+            live = self._live.tensors(detach=False)
+            self._live.check_frozen()
+            self._steppers.require_trained()
+            self._buffers.update(live, rows, self.step + 1)
         self.step, self._rules.last = self.step + 1, last
 
     def attach(self, optimizer: Optimizer) -> Attachment:
@@ -166,18 +181,25 @@ class Averager:
 
         Raises:
             RuntimeError: if it is attached already.
+            ValueError: if it steps none of the averaged tensors.
             TypeError: if this is no ``torch.optim.Optimizer``, or one whose ``step()`` runs no hooks.
         """
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError("the Averager is attached to an optimizer already, and every step would count twice.")
         follow_optimizer(optimizer)
-        self._attachment = Attachment(
+        attachment = Attachment(
             optimizer,
             before=lambda: self._refuse_while_applied("step the optimizer"),
             after=self.update,
             averaged=self._live.named(),
         )
-        return self._attachment
+        try:
+            self._steppers.require_ours(optimizer)
+        except ValueError:
+            attachment.remove()
+            raise
+        self._attachment = attachment
+        return attachment
 
     def wait(self) -> None:
         """Until averages on the host have had all updates; needed before weights are changed by other than optimizers.
@@ -390,8 +412,8 @@ class Averager:
     def _values(self, name: str) -> Iterator[Tensor]:
         """The averaged tensors one by one, in float32 or wider."""
         weighted, live_weight = self._rules.coefficients(name, self.step)
-        self._live.check_frozen()
         trained = self._live.trained()
+        self._live.check_frozen()
         stored = self._stored_start
         base = stored.open() if stored and any(not self._buffers.buffers[i] for i, _ in weighted) else None
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lagless.averaging._module_buffers import ModuleBuffers
+from lagless.averaging._outline import Outline
 from lagless.execution import (
     Sharding,
     fsdp_modules,
@@ -33,10 +34,20 @@ class _Parameter:
     owner: nn.Module
     key: str
 
+    def peek(self) -> Tensor | None:
+        return self.owner._parameters.get(self.key)
+
     def get(self) -> Tensor:
-        # Past nn.Module.__getattr__, which is slow; a parametrized weight is no parameter any more, but an attribute.
-        own = self.owner._parameters.get(self.key)
-        return getattr(self.owner, self.key) if own is None else own
+        parameter = self.peek()
+        if parameter is None:
+            raise RuntimeError(
+                f"{self.key} is no longer a parameter of its {type(self.owner).__name__} (parametrizing, weight norm "
+                f"and pruning replace it by a computed one); {_ANEW}"
+            )
+        return parameter
+
+    def put_back(self, tensor: Tensor) -> None:
+        self.owner._parameters[self.key] = tensor  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,14 @@ class _Given:
 
     tensor: Tensor
 
+    def peek(self) -> Tensor:
+        return self.tensor
+
     def get(self) -> Tensor:
         return self.tensor
+
+    def put_back(self, tensor: Tensor) -> None:
+        pass
 
 
 _Place = _Parameter | _Given
@@ -103,6 +120,7 @@ class LiveTensors:
             )
         self.shardings = [Sharding.of(place.get()) for place in self._places]
         self._shapes = [sharding.shape for sharding in self.shardings]
+        self._outline = Outline(self.module) if self.module is not None else None
 
     def named(self) -> dict[str, Tensor]:
         """Return the tensors themselves as they are now, by name: with their gradients, and not split into shards."""
@@ -117,9 +135,11 @@ class LiveTensors:
                 new tensor for each, for use under ``no_grad``.
 
         Raises:
-            RuntimeError: if one has changed its shape or sharding, or tied weights have come apart.
+            RuntimeError: if one is no longer where it was or has changed its shape or sharding, if parameters that
+                train have come to the model, or if weights were tied or have come apart.
         """
         self._reshard()
+        self._require_same_places()
         for name, place, first in self._tied:
             if _memory_of(place.get(), name) != _memory_of(first.get(), name):
                 raise RuntimeError(f"{name} is no longer tied to {self.aliases[name]}; {_ANEW}")
@@ -129,9 +149,37 @@ class LiveTensors:
             for name, tensor, sharding in zip(self.names, tensors, self.shardings, strict=True):
                 if (now := Sharding.of(tensor)) != sharding:
                     raise RuntimeError(f"{name} changed its shape from {sharding} to {now}; {_ANEW}")
+        if len({(t if whole else local(t)).data_ptr() for t, whole in zip(tensors, plain, strict=True)}) < len(tensors):
+            self._require_untied(tensors)  # or some are empty
         if detach:
             return [local(tensor) for tensor in tensors]
         return [t if whole else local(t) for t, whole in zip(tensors, plain, strict=True)]
+
+    def _require_same_places(self) -> None:
+        if self._outline is None or self.module is None or not self._outline.changed():
+            return
+        now = dict(_entries(self.module))
+        averaged: dict[str, _Place] = dict(zip(self.names, self._places, strict=True))
+        averaged |= {name: place for name, place, _ in self._tied}
+        for name, place in averaged.items():
+            if now.get(name) != place:
+                raise RuntimeError(
+                    f"{name} is no longer in the model where it was when the Averager was made: a module was replaced, "
+                    f"wrapped or taken out; {_ANEW}"
+                )
+        others = {name: place for name, place in now.items() if name not in averaged}
+        before = {name for name, _ in self._frozen}
+        for name, place in others.items():
+            if name not in before and place.get().requires_grad:
+                raise RuntimeError(f"{name} trains and was not in the model when the Averager was made; {_ANEW}")
+        self._frozen = [(name, place) for name, place in others.items() if not place.get().requires_grad]
+        self._outline.look()
+
+    def _require_untied(self, tensors: list[Tensor]) -> None:
+        first: dict[Hashable, str] = {}
+        for name, tensor in zip(self.names, tensors, strict=True):
+            if (other := first.setdefault(_memory_of(tensor, name), name)) != name:
+                raise RuntimeError(f"{name} was tied to {other} after the Averager was made; {_ANEW}")
 
     def trained(self) -> list[Tensor]:
         """Return :meth:`tensors` as they train, also while an optimizer shows other weights for evaluation."""
@@ -141,8 +189,9 @@ class LiveTensors:
         return [t if now is then else local(now) for t, now, then in zip(tensors, trained, given, strict=True)]
 
     def parameters(self) -> Iterator[Tensor]:
-        """Yield what optimizers step."""
-        yield from self.made_of or (place.get() for place in self._places)
+        """Yield what optimizers step, as far as it is still there."""
+        self._reshard()
+        yield from self.made_of or (tensor for place in self._places if (tensor := place.peek()) is not None)
 
     def require_own(self, action: str) -> None:
         """Refuse ``action`` while somebody else's average is in the parameters for the length of a block.
@@ -169,7 +218,10 @@ class LiveTensors:
         """
         for name, place in self._frozen:
             if place.get().requires_grad:
-                raise RuntimeError(f"{name} was frozen when the Averager was made, and trains now; {_ANEW}")
+                raise RuntimeError(
+                    f"{name} was frozen when the Averager was made, and trains now. Freeze it again to read these "
+                    f"averages or to go on with them; or {_ANEW}"
+                )
 
     @contextmanager
     def holding(self, values: Iterable[Tensor], what: str) -> Iterator[None]:
@@ -185,12 +237,16 @@ class LiveTensors:
         live = self.tensors()
         bits = [tensor.clone() for tensor in live]
         buffers = ModuleBuffers(self.module)
+        given = [(place, place.get()) for place in (*self._places, *(place for _, place, _ in self._tied))]
         try:
             with showing([*self.parameters(), *live], what), keeping_modes(self.parameters()):
                 self.put(values)
                 yield
         finally:
             with writing_weights(), torch.no_grad():
+                for place, tensor in given:
+                    if not is_sharded(tensor):  # FSDP exchanges its own
+                        place.put_back(tensor)
                 self.restore(bits)
                 buffers.restore()
 
@@ -227,7 +283,7 @@ class LiveTensors:
 
 
 _PLAIN = (Tensor, nn.Parameter)
-_ANEW = "make a new Averager after changing the model."
+_ANEW = "make a new Averager after changing the model; its step=N joins a run at step N."
 
 
 def _entries(source: Source) -> Iterator[tuple[str, _Place]]:

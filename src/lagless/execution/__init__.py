@@ -68,6 +68,7 @@ from lagless.execution._shown_weights import (
     follow_optimizers as follow_optimizers,
     keeping_modes as keeping_modes,
     leave_evaluation as leave_evaluation,
+    observe_steps as observe_steps,
     require_own_weights as require_own_weights,
     require_training_mode as require_training_mode,
     showing as showing,

@@ -32,6 +32,13 @@ class PendingCopies(Protocol):
         """Return when the weights may change."""
 
 
+class StepObserver(Protocol):
+    """Somebody who looks at optimizers before they step."""
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Look at ``optimizer``; an error keeps it from stepping."""
+
+
 @dataclass(eq=False)
 class _Hold:
     """Parameters that show an average for the length of a block, and what to call it."""
@@ -44,6 +51,7 @@ class _Hold:
 _HOLDS: list[_Hold] = []
 _OPTIMIZERS: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _COPIES: weakref.WeakSet[Any] = weakref.WeakSet()
+_OBSERVERS: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def follow_optimizer(optimizer: Optimizer) -> None:
@@ -59,9 +67,17 @@ def follow_optimizers() -> None:
 
     def before_step(optimizer: Optimizer, *_: Any) -> None:
         follow_optimizer(optimizer)
+        for observer in tuple(_OBSERVERS):
+            observer.before_step(optimizer)
         _release()
 
     register_optimizer_step_pre_hook(before_step)
+
+
+def observe_steps(observer: StepObserver) -> None:
+    """Have ``observer`` called before every step of every optimizer, as long as it is alive."""
+    follow_optimizers()
+    _OBSERVERS.add(observer)
 
 
 def wait_for_copies(copies: PendingCopies) -> None:
