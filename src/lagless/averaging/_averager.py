@@ -186,7 +186,6 @@ class Averager:
         """
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError("the Averager is attached to an optimizer already, and every step would count twice.")
-        follow_optimizer(optimizer)
         attachment = Attachment(
             optimizer,
             before=lambda: self._refuse_while_applied("step the optimizer"),
@@ -198,6 +197,7 @@ class Averager:
         except ValueError:
             attachment.remove()
             raise
+        follow_optimizer(optimizer)
         self._attachment = attachment
         return attachment
 
