@@ -40,7 +40,8 @@ def public_names() -> list[str]:
     lines = []
     for module_name in MODULES:
         module = importlib.import_module(module_name)
-        for name, value in sorted(vars(module).items()):
+        for name in dir(module):
+            value = getattr(module, name)
             if name.startswith("_") or inspect.ismodule(value):
                 continue
             lines.append(f"{module_name}.{name}{parameters(value) if callable(value) else ''}")

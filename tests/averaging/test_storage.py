@@ -162,6 +162,7 @@ def test_without_a_c_compiler_it_is_the_blocks(monkeypatch):
     monkeypatch.setattr(_buffers, "LERP_C_SMALLEST", 1)
     weights = {"w": torch.randn(5)}
     _lerp_c._library.cache_clear()
+    _c._warn_once.cache_clear()
     try:
         averager = Averager(weights, {"a": EMA(decay=0.9), "b": EMA(decay=0.8)})
         before = weights["w"].clone()

@@ -165,6 +165,7 @@ def test_weights_that_are_not_finite_spoil_no_average_that_rests():
     assert torch.equal(optimizer.state[weight]["average"], torch.ones(3))
 
 
+@pytest.mark.filterwarnings("ignore:the C compiler")
 def test_without_a_c_compiler_it_is_the_kernel_of_torch(monkeypatch):
     monkeypatch.setenv("CC", "lagless-has-no-such-compiler")
     _pace_c._library.cache_clear()

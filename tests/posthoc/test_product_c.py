@@ -78,6 +78,7 @@ def test_pieces_are_filled_from_files(compiled, tmp_path):
     assert pieces.fill(files, np.zeros(3, dtype=np.int64)) == 0  # closed
 
 
+@pytest.mark.filterwarnings("ignore:the C compiler")
 @pytest.mark.parametrize("compiler", ["lagless-has-no-such-compiler", "false"])
 def test_without_a_compiler_it_is_torch_mm(monkeypatch, compiler):
     monkeypatch.setenv("CC", compiler)
@@ -103,6 +104,7 @@ def test_many_threads_compile_once(monkeypatch):
     assert len(runs) == 1
 
 
+@pytest.mark.filterwarnings("ignore:the C compiler")
 @pytest.mark.parametrize("broken", ["no folder", "no compiler", "open quote"])
 def test_what_keeps_the_compiler_from_working_is_no_error(broken, monkeypatch):
     if broken == "no folder":

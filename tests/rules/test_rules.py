@@ -231,9 +231,7 @@ def test_json_of_something_else():
         rule_from_dict({"rule": "EMA", "alpha": 1})
 
 
-@pytest.mark.parametrize(
-    "given", [[EMA()], (EMA(),), EMA, "bema", {1: EMA()}, {"ema": "ema"}, {"ema": EMA}, None], ids=repr
-)
+@pytest.mark.parametrize("given", [[EMA()], (EMA(),), EMA, "bema", {1: EMA()}, {"ema": "ema"}, {"ema": EMA}], ids=repr)
 def test_what_is_no_rule_nor_rules_by_name(given):
     with pytest.raises(TypeError, match="give one rule, e.g. EMA"):
         named_rules(given)
@@ -241,6 +239,7 @@ def test_what_is_no_rule_nor_rules_by_name(given):
 
 def test_rules_by_name():
     assert named_rules(EMA(decay=0.9)) == {"ema": EMA(decay=0.9)}
+    assert named_rules(None) == {"ema": EMA(half_life_fraction=0.05)}
     assert named_rules({"a": BEMA.paper()}) == {"a": BEMA.paper()}
     with pytest.raises(ValueError, match="rules is empty"):
         named_rules({})
