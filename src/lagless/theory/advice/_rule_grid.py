@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
 
 from lagless._validation import require_integer
 from lagless.rules import BEMA, DEMA, EMA, OUEMA, PowerEMA, Rule, UniformAverage, WindowAverage
@@ -72,12 +71,16 @@ def call(rule: Rule) -> str:
     >>> call(BEMA.paper(update_freq=10))
     'BEMA.paper(update_freq=10)'
     """
-    given: list[str] = []
-    for field in fields(rule):  # type: ignore[arg-type]
-        value: Any = getattr(rule, field.name)
-        if value != field.default:
-            given.append(f"{field.name}={value!r}")
-    return f"{type(rule).__name__}({', '.join(given)})"
+    kind = type(rule)
+    paper = getattr(kind, "paper", None)
+    on_paper = paper is not None and getattr(rule, "ema_power", None) is not None
+    defaults = vars(paper()) if on_paper else {field.name: field.default for field in fields(rule)}  # type: ignore
+    changed = [
+        f"{field.name}={value!r}"
+        for field in fields(rule)  # type: ignore[arg-type]
+        if (value := getattr(rule, field.name)) != defaults[field.name]
+    ]
+    return f"{kind.__name__}{'.paper' if on_paper else ''}({', '.join(changed)})"
 
 
 def _rounded(value: float) -> float:
