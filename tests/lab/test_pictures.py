@@ -250,9 +250,9 @@ def test_advice_is_printed_with_its_limits_and_drawn(tmp_path):
     for family in (
         "live  ",
         "EMA(",
-        "BEMA(",
-        "OUEMA(",
-        "DEMA(",
+        "BEMA.paper(",
+        "OUEMA.paper(",
+        "DEMA.paper(",
         "PowerEMA(",
         "WindowAverage(",
         "UniformAverage(",
