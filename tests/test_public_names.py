@@ -7,6 +7,8 @@ import importlib
 import inspect
 from pathlib import Path
 
+from torch.optim import Optimizer
+
 MODULES = (
     "lagless",
     "lagless.averaging",
@@ -47,7 +49,8 @@ def public_names() -> list[str]:
             lines.append(f"{module_name}.{name}{parameters(value) if callable(value) else ''}")
             if inspect.isclass(value) and value.__module__.startswith("lagless"):
                 for member, attribute in sorted(vars(value).items()):
-                    if not member.startswith("_"):
+                    patched = member == "step" and issubclass(value, Optimizer)  # torch wraps it at the first use
+                    if not member.startswith("_") and not patched:
                         lines.append(
                             f"{module_name}.{name}.{member}{parameters(attribute) if callable(attribute) else ''}"
                         )
