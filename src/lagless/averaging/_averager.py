@@ -202,7 +202,7 @@ class Averager:
         return attachment
 
     def wait(self) -> None:
-        """Until averages on the host have had all updates; needed before weights are changed by other than optimizers.
+        """Block until pending host updates finish. Call it before changing weights outside an optimizer step.
 
         Whatever needs the averages waits by itself, and every step of a ``torch.optim.Optimizer`` for the weights to be
         on their way.

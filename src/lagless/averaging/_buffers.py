@@ -236,7 +236,7 @@ class AverageBuffers:
         return list(_cut(columns, share=share, staged=staged, compile=self._compile))
 
     def wait(self) -> None:
-        """Until every update that was begun has ended.
+        """Block until every update that was begun has ended.
 
         Raises:
             RuntimeError: if one has failed.

@@ -102,7 +102,7 @@ class StoredStart:
 
 
 def _stored_names(tensors: LiveTensors, checkpoint: Checkpoint) -> dict[str, str]:
-    """What the checkpoint calls each tensor: its name, or all their names without the same first levels.
+    """Return what the checkpoint calls each tensor: its name, or all their names without the same first levels.
 
     The latter where the base is an attribute of the module that trains, as in Lightning.
     """

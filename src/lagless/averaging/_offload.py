@@ -91,7 +91,7 @@ class Offload:
         self._unwatch()
 
     def wait(self) -> None:
-        """Until the pending update has ended.
+        """Block until the pending update has ended.
 
         Raises:
             RuntimeError: if one has failed, at every call.

@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from lagless._validation import Settings
 from lagless.execution import Noise, Row, blocks, combine, is_sharded, local, without_autocast
 from lagless.optim._average_step import AverageStep, average_step
-from lagless.optim._averaged import LIVE, AveragedOptimizer, average_keys, new_buffers
+from lagless.optim._averaged import LIVE, average_keys, new_buffers
 from lagless.optim._executors import move_average, towards, widened
 from lagless.optim._primal_moves import Widened, mix
 from lagless.optim._settings import check_average
-from lagless.optim._wrapping import check_base
+from lagless.optim._wrapping import WrappingOptimizer, check_base
 from lagless.rules import EMA, ReadCoefficients, Rule, Tick
 
 Interpolation = float | Callable[[int], float]
@@ -31,7 +31,7 @@ _RECOVERABLE = 0.5  # smallest m at which x = (y - (1 - m) z)/m loses at most on
 _FIRST = Tick(1, 0, 1)
 
 
-class PrimalAveraging(AveragedOptimizer):
+class PrimalAveraging(WrappingOptimizer):
     """Any optimizer, with its gradients taken between its own iterate and the average that is returned.
 
     Three sequences: z is what the optimizer steps, x is its average, y is where the gradient is taken. The parameters
@@ -83,7 +83,6 @@ class PrimalAveraging(AveragedOptimizer):
     [0.9, 0.9]
     """
 
-    step_key = "average_step"
     moments = ("z",)
 
     def __init__(
@@ -101,7 +100,6 @@ class PrimalAveraging(AveragedOptimizer):
                 f"this {type(optimizer).__name__} has stepped already; wrap a new one, so that z starts where its "
                 "state does."
             )
-        self.optimizer = optimizer
         self._schedule = interpolation if callable(interpolation) else None
         settings = {
             "average": average,
@@ -110,30 +108,10 @@ class PrimalAveraging(AveragedOptimizer):
             "weight_decay_at_y": weight_decay_at_y,
             "evaluating": False,
         }
-        for group in optimizer.param_groups:  # all of them, before the first one is given settings
-            self._check({**settings, **group})
-        super().__init__(optimizer.param_groups, {**optimizer.defaults, **settings})
-        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+        super().__init__(optimizer, settings)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "optimizer": self.optimizer, "_schedule": self._schedule}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with settings of their own.
-
-        Raises:
-            ValueError: if a setting is out of range.
-        """
-        self._check({**self.defaults, **param_group})
-        if self.param_groups is not self.optimizer.param_groups:  # torch's constructor hands over what there is
-            super().add_param_group(param_group)
-            return
-        settings = {k: v for k, v in self.defaults.items() if k not in self.optimizer.defaults}
-        self.optimizer.add_param_group({**settings, **param_group})
+        return {**super().__getstate__(), "_schedule": self._schedule}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

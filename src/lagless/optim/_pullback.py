@@ -13,16 +13,16 @@ from torch.optim import Optimizer
 from lagless._validation import Settings
 from lagless.execution import Noise, Row, blocks, counts, local, without_autocast
 from lagless.optim._average_step import AverageStep, average_step
-from lagless.optim._averaged import AveragedOptimizer, average_keys, new_buffers
+from lagless.optim._averaged import average_keys, new_buffers
 from lagless.optim._denominators import Denominator, denominator_of, is_plain
 from lagless.optim._executors import move_average, pull_, towards, widened
 from lagless.optim._pace import PACE_AVERAGE
 from lagless.optim._settings import check_average, check_dtype
-from lagless.optim._wrapping import check_base
+from lagless.optim._wrapping import WrappingOptimizer, check_base
 from lagless.rules import Rule
 
 
-class Pullback(AveragedOptimizer):
+class Pullback(WrappingOptimizer):
     """Any optimizer, with every coordinate pulled towards the average of the weights.
 
         θ_t = step of the optimizer from θ_{t-1}  +  min(λ_t, 1)(ema_{t-1} - θ_{t-1})
@@ -63,8 +63,6 @@ class Pullback(AveragedOptimizer):
     [0.8, 0.8]
     """
 
-    step_key = "average_step"
-
     def __init__(
         self,
         optimizer: Optimizer,
@@ -77,7 +75,6 @@ class Pullback(AveragedOptimizer):
         gain: Literal["constant"] | None = None,
     ) -> None:
         check_base(optimizer, type(self).__name__)
-        self.optimizer = optimizer
         settings = {
             "pullback": pullback,
             "average": average,
@@ -87,30 +84,7 @@ class Pullback(AveragedOptimizer):
             "gain": gain,
             "evaluating": False,
         }
-        for group in optimizer.param_groups:  # all of them, before the first one is given settings
-            self._check({**settings, **group})
-        super().__init__(optimizer.param_groups, {**optimizer.defaults, **settings})
-        self.param_groups, self.state = optimizer.param_groups, optimizer.state
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "optimizer": self.optimizer}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with settings of their own.
-
-        Raises:
-            ValueError: if a setting is out of range.
-        """
-        self._check({**self.defaults, **param_group})
-        if self.param_groups is not self.optimizer.param_groups:  # torch's constructor hands over what there is
-            super().add_param_group(param_group)
-            return
-        settings = {k: v for k, v in self.defaults.items() if k not in self.optimizer.defaults}
-        self.optimizer.add_param_group({**settings, **param_group})
+        super().__init__(optimizer, settings)
 
     def _check(self, group: dict[str, Any]) -> None:
         check = Settings(self, group)

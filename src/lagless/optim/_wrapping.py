@@ -1,4 +1,4 @@
-"""Which optimizers can be wrapped by another one."""
+"""An optimizer around another one: which can be wrapped, and how the two share groups and state."""
 
 from __future__ import annotations
 
@@ -29,3 +29,46 @@ def check_base(optimizer: Any, wrapper: str) -> None:
         raise ValueError(
             f"this {type(optimizer).__name__} has the settings of another wrapper in its groups; make a new one."
         )
+
+
+class WrappingOptimizer(AveragedOptimizer):
+    """An optimizer with an average around another one, whose parameter groups, settings and state are its own too.
+
+    A subclass gives ``_check``, which requires the settings of a group to be in range.
+
+    Args:
+        optimizer: the one that steps.
+        settings: of this wrapper, with their defaults; groups of ``optimizer`` may set others.
+    """
+
+    step_key = "average_step"
+
+    def __init__(self, optimizer: Optimizer, settings: dict[str, Any]) -> None:
+        self.optimizer = optimizer
+        for group in optimizer.param_groups:  # all of them, before the first one is given settings
+            self._check({**settings, **group})
+        super().__init__(optimizer.param_groups, {**optimizer.defaults, **settings})
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "optimizer": self.optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with settings of their own.
+
+        Raises:
+            ValueError: if a setting is out of range.
+        """
+        self._check({**self.defaults, **param_group})
+        if self.param_groups is not self.optimizer.param_groups:  # torch's constructor hands over what there is
+            super().add_param_group(param_group)
+            return
+        settings = {k: v for k, v in self.defaults.items() if k not in self.optimizer.defaults}
+        self.optimizer.add_param_group({**settings, **param_group})
+
+    def _check(self, group: dict[str, Any]) -> None:
+        raise NotImplementedError
