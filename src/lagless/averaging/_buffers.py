@@ -29,6 +29,7 @@ from lagless.execution import (
     apply_row,
     buffer_dtype,
     fits_lerp_c,
+    foreach_zero_,
     is_small,
     lerp_c,
     lerp_compiled,
@@ -223,7 +224,7 @@ class AverageBuffers:
         for row in lerps:
             own = [bits for i in places if self._low[row.buffer] and (bits := self._low[row.buffer][i]) is not None]
             if own and not is_small(row):
-                torch._foreach_zero_(own)
+                foreach_zero_(own)
             low.append(own if own and is_small(row) else None)
         columns = [[self._buffers[row.buffer][i] for i in places] for row in lerps]
         lerp_c([live[i] for i in places], columns, [row.live for row in lerps], low)

@@ -27,6 +27,31 @@ from lagless.execution._compiled import (
 )
 from lagless.execution._devices import counts as counts, exact_dtype as exact_dtype
 from lagless.execution._errors import RankError as RankError
+from lagless.execution._foreach import (
+    foreach_add as foreach_add,
+    foreach_add_ as foreach_add_,
+    foreach_addcdiv_ as foreach_addcdiv_,
+    foreach_addcmul as foreach_addcmul,
+    foreach_addcmul_ as foreach_addcmul_,
+    foreach_clamp_max as foreach_clamp_max,
+    foreach_clamp_max_ as foreach_clamp_max_,
+    foreach_clamp_min_ as foreach_clamp_min_,
+    foreach_copy_ as foreach_copy_,
+    foreach_div_ as foreach_div_,
+    foreach_lerp as foreach_lerp,
+    foreach_lerp_ as foreach_lerp_,
+    foreach_max as foreach_max,
+    foreach_mul as foreach_mul,
+    foreach_mul_ as foreach_mul_,
+    foreach_neg as foreach_neg,
+    foreach_norm as foreach_norm,
+    foreach_reciprocal_ as foreach_reciprocal_,
+    foreach_round_ as foreach_round_,
+    foreach_sqrt as foreach_sqrt,
+    foreach_sub as foreach_sub,
+    foreach_sub_ as foreach_sub_,
+    foreach_zero_ as foreach_zero_,
+)
 from lagless.execution._lerp_c import (
     LERP_C_MANY as LERP_C_MANY,
     LERP_C_SMALLEST as LERP_C_SMALLEST,

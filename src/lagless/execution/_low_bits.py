@@ -30,6 +30,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lagless.execution._foreach import (
+    foreach_add,
+    foreach_add_,
+    foreach_clamp_max_,
+    foreach_clamp_min_,
+    foreach_copy_,
+    foreach_div_,
+    foreach_mul,
+    foreach_mul_,
+    foreach_neg,
+    foreach_round_,
+    foreach_sub,
+    foreach_sub_,
+)
+
 SMALL_GAIN = 0.01
 """Rows whose average keeps more than 1 minus this are compensated; at this gain plain rounding costs below 1 %."""
 LOW_DTYPE = torch.int16
@@ -45,10 +60,10 @@ def lerp_low_(average: list[Tensor], low: list[Tensor], live: list[Tensor], gain
         live: θ, float32.
         gain: in (0, 1).
     """
-    change, rest = list(torch._foreach_sub(live, average)), _rest(average, low)
-    torch._foreach_sub_(change, rest)
-    torch._foreach_mul_(change, gain)
-    torch._foreach_add_(change, rest)
+    change, rest = list(foreach_sub(live, average)), _rest(average, low)
+    foreach_sub_(change, rest)
+    foreach_mul_(change, gain)
+    foreach_add_(change, rest)
     _settle_(average, low, change)
 
 
@@ -57,12 +72,12 @@ def combine_low_(
 ) -> None:
     """``b + r ← keep (b + r) + Σ_j weight_j x_j``, in place; the arguments are as in :func:`lerp_low_`."""
     change = _rest(average, low)
-    torch._foreach_mul_(change, keep)
+    foreach_mul_(change, keep)
     for values, weight in terms:
         # From b, so that what enters is as small as the change: of the numbers themselves, b's size would be rounded.
-        torch._foreach_add_(change, list(torch._foreach_sub(values, average)), alpha=weight)
+        foreach_add_(change, list(foreach_sub(values, average)), alpha=weight)
     if abs(surplus := keep + sum(weight for _, weight in terms) - 1.0) > 1e-12:
-        torch._foreach_add_(change, average, alpha=surplus)
+        foreach_add_(change, average, alpha=surplus)
     _settle_(average, low, change)
 
 
@@ -78,25 +93,25 @@ def lerp_low_single_(average: Tensor, low: Tensor, live: Tensor, gain: Tensor) -
 
 def _rest(average: list[Tensor], low: list[Tensor]) -> list[Tensor]:
     """r as float32."""
-    rest = list(torch._foreach_neg(average))  # memory of the right shapes
-    torch._foreach_copy_(rest, low)
-    torch._foreach_mul_(rest, _units(average))
+    rest = list(foreach_neg(average))  # memory of the right shapes
+    foreach_copy_(rest, low)
+    foreach_mul_(rest, _units(average))
     return rest
 
 
 def _settle_(average: list[Tensor], low: list[Tensor], change: list[Tensor]) -> None:
     """Add r + change, given as one in ``change`` (overwritten), to b; keep what does not fit."""
-    new = list(torch._foreach_add(average, change))
-    torch._foreach_sub_(change, list(torch._foreach_sub(new, average)))
-    torch._foreach_copy_(average, new)
-    torch._foreach_div_(change, _units(average))
-    torch._foreach_round_(change)
-    torch._foreach_clamp_min_(change, -_MOST)
-    torch._foreach_clamp_max_(change, _MOST)
-    torch._foreach_copy_(low, change)
+    new = list(foreach_add(average, change))
+    foreach_sub_(change, list(foreach_sub(new, average)))
+    foreach_copy_(average, new)
+    foreach_div_(change, _units(average))
+    foreach_round_(change)
+    foreach_clamp_min_(change, -_MOST)
+    foreach_clamp_max_(change, _MOST)
+    foreach_copy_(low, change)
 
 
 def _units(average: list[Tensor]) -> list[Tensor]:
-    units = list(torch._foreach_mul(average, _UNIT))
-    torch._foreach_add_(units, _TINY)
+    units = list(foreach_mul(average, _UNIT))
+    foreach_add_(units, _TINY)
     return units

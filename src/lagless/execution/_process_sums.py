@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lagless.execution._foreach import foreach_copy_
 from lagless.execution._sharding import Sharding
 
 BUCKET = 32 * 2**20  # bytes: a copy that is small beside a model, and large enough that latency does not count
@@ -39,7 +40,7 @@ def sum_over(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> None:
             work.wait()
         if len(bucket) > 1:
             parts = message.split([t.numel() for t in bucket])
-            torch._foreach_copy_(bucket, [part.view(t.shape) for part, t in zip(parts, bucket, strict=True)])
+            foreach_copy_(bucket, [part.view(t.shape) for part, t in zip(parts, bucket, strict=True)])
 
 
 def over_shards(value: Tensor, tensor: Tensor) -> Tensor:

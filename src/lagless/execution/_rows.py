@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lagless.execution._foreach import foreach_add_, foreach_copy_, foreach_lerp_, foreach_mul_, foreach_zero_
 from lagless.execution._low_bits import SMALL_GAIN, combine_low_, lerp_low_
 from lagless.execution._rounding import Noise, stochastic_round_
 from lagless.rules import InitialWeights, SnapshotBuffer, UpdateCoefficients
@@ -121,9 +122,9 @@ def apply_row(
     """
     target = buffers[row.buffer]
     if low and not is_small(row):
-        torch._foreach_zero_(low)
+        foreach_zero_(low)
     if row.keep == 0.0 and row.live == 1.0 and not row.others:
-        torch._foreach_copy_(target, live)
+        foreach_copy_(target, live)
         return
     device, dtype = target[0].device, torch.promote_types(target[0].dtype, torch.float32)
     live, value = _as(live, device, dtype), _as(target, device, dtype)
@@ -135,12 +136,12 @@ def apply_row(
             lerp_low_(target, low, live, row.live)
         return
     if row.others:
-        torch._foreach_mul_(value, row.keep)
+        foreach_mul_(value, row.keep)
         for other, weight in row.others:
-            torch._foreach_add_(value, _as(buffers[other], device, dtype), alpha=weight)
-        torch._foreach_add_(value, live, alpha=row.live)
+            foreach_add_(value, _as(buffers[other], device, dtype), alpha=weight)
+        foreach_add_(value, live, alpha=row.live)
     else:
-        torch._foreach_lerp_(value, live, row.live)
+        foreach_lerp_(value, live, row.live)
     if value is not target:
         for into, v in zip(target, value, strict=True):
             stochastic_round_(into, v, noise.on(device))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Adagrad, Adam, Optimizer, RMSprop
 
+from lagless.execution import foreach_add_, foreach_addcmul, foreach_div_, foreach_mul_, foreach_sqrt
+
 Tensors = list[Tensor]
 
 
@@ -43,9 +45,9 @@ def _adam_names(group: dict[str, Any]) -> tuple[str, ...]:
 
 def _adam(columns: list[Tensors], group: dict[str, Any], step: float) -> Tensors:
     """(v/(1 - β₂^t))^½ + ε, in the operations of torch."""
-    denominator = list(torch._foreach_sqrt(columns[0]))
-    torch._foreach_div_(denominator, (1.0 - group["betas"][1] ** step) ** 0.5)
-    torch._foreach_add_(denominator, group["eps"])
+    denominator = list(foreach_sqrt(columns[0]))
+    foreach_div_(denominator, (1.0 - group["betas"][1] ** step) ** 0.5)
+    foreach_add_(denominator, group["eps"])
     return denominator
 
 
@@ -58,18 +60,18 @@ def _rmsprop(columns: list[Tensors], group: dict[str, Any], step: float) -> Tens
     del step
     square, *mean = columns
     if mean:
-        square = torch._foreach_addcmul(square, mean[0], mean[0], -1.0)
-    denominator = list(torch._foreach_sqrt(square))
-    torch._foreach_add_(denominator, group["eps"])
+        square = foreach_addcmul(square, mean[0], mean[0], -1.0)
+    denominator = list(foreach_sqrt(square))
+    foreach_add_(denominator, group["eps"])
     return denominator
 
 
 def _adagrad(columns: list[Tensors], group: dict[str, Any], step: float) -> Tensors:
     """((Σ g²)^½ + ε)(1 + (t - 1)·lr_decay): the learning rate that falls is part of D."""
-    denominator = list(torch._foreach_sqrt(columns[0]))
-    torch._foreach_add_(denominator, group["eps"])
+    denominator = list(foreach_sqrt(columns[0]))
+    foreach_add_(denominator, group["eps"])
     if group["lr_decay"] != 0.0:
-        torch._foreach_mul_(denominator, 1.0 + (step - 1.0) * group["lr_decay"])
+        foreach_mul_(denominator, 1.0 + (step - 1.0) * group["lr_decay"])
     return denominator
 
 

@@ -8,7 +8,29 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lagless.execution import Noise, Row, apply_row, blocks, compiled, cut, flat, update_rows
+from lagless.execution import (
+    Noise,
+    Row,
+    apply_row,
+    blocks,
+    compiled,
+    cut,
+    flat,
+    foreach_add_,
+    foreach_addcdiv_,
+    foreach_addcmul_,
+    foreach_clamp_max,
+    foreach_copy_,
+    foreach_div_,
+    foreach_lerp_,
+    foreach_mul,
+    foreach_mul_,
+    foreach_neg,
+    foreach_reciprocal_,
+    foreach_sqrt,
+    foreach_sub,
+    update_rows,
+)
 from lagless.optim._average_step import AverageStep
 from lagless.optim._pull_statistics import PullStatistics
 from lagless.rules import ReadCoefficients, UpdateCoefficients
@@ -36,17 +58,17 @@ def step_in_blocks(
         weights, grad = widened(theta, wide), widened(grad, wide)
         before = [w.clone() for w in weights] if statistics is not None else []
         if k.sign < 0.0:
-            grad = torch._foreach_neg(grad)
+            grad = foreach_neg(grad)
         distance = towards(motion.target, buffers, weights) if k.pull != 0.0 else None
 
-        torch._foreach_lerp_(m, grad, k.first)
-        torch._foreach_mul_(v, 1.0 - k.second)
-        torch._foreach_addcmul_(v, grad, grad, k.second)
-        denominator = list(torch._foreach_sqrt(v))
-        torch._foreach_div_(denominator, k.correction)
-        torch._foreach_add_(denominator, k.eps)
-        torch._foreach_mul_(weights, k.decay)
-        torch._foreach_addcdiv_(weights, m, denominator, -k.rate)
+        foreach_lerp_(m, grad, k.first)
+        foreach_mul_(v, 1.0 - k.second)
+        foreach_addcmul_(v, grad, grad, k.second)
+        denominator = list(foreach_sqrt(v))
+        foreach_div_(denominator, k.correction)
+        foreach_add_(denominator, k.eps)
+        foreach_mul_(weights, k.decay)
+        foreach_addcdiv_(weights, m, denominator, -k.rate)
         if distance is not None:
             pull_(weights, denominator, distance, k.pull, k.ceiling)
         if statistics is not None:
@@ -56,8 +78,8 @@ def step_in_blocks(
             statistics.count(before, weights, gains, distance, k.ceiling)
 
         if weights is not theta:
-            torch._foreach_copy_(theta, weights)
-            torch._foreach_copy_(weights, theta)  # the average is of the weights as they were rounded
+            foreach_copy_(theta, weights)
+            foreach_copy_(weights, theta)  # the average is of the weights as they were rounded
         if motion.update is not None:
             move_average(buffers, motion.update, weights, noise)
 
@@ -66,10 +88,10 @@ def pull_(
     weights: list[Tensor], denominator: list[Tensor], distance: list[Tensor], pull: float, ceiling: float
 ) -> None:
     """``weights += min(pull/denominator, ceiling) · distance``; leaves the unclamped gains in ``denominator``."""
-    torch._foreach_reciprocal_(denominator)
-    torch._foreach_mul_(denominator, pull)
-    gain = denominator if ceiling == float("inf") else torch._foreach_clamp_max(denominator, ceiling)
-    torch._foreach_addcmul_(weights, gain, distance)
+    foreach_reciprocal_(denominator)
+    foreach_mul_(denominator, pull)
+    gain = denominator if ceiling == float("inf") else foreach_clamp_max(denominator, ceiling)
+    foreach_addcmul_(weights, gain, distance)
 
 
 def towards(target: ReadCoefficients, buffers: Columns, weights: list[Tensor]) -> list[Tensor] | None:
@@ -80,11 +102,11 @@ def towards(target: ReadCoefficients, buffers: Columns, weights: list[Tensor]) -
     (first, weight), *others = terms
     wide = weights[0].dtype
     if weight == 1.0 and not others and target.live == 0.0:
-        return list(torch._foreach_sub(widened(first, wide), weights))
-    distance = list(torch._foreach_mul(widened(first, wide), weight))
+        return list(foreach_sub(widened(first, wide), weights))
+    distance = list(foreach_mul(widened(first, wide), weight))
     for buffer, weight in others:
-        torch._foreach_add_(distance, widened(buffer, wide), alpha=weight)
-    torch._foreach_add_(distance, weights, alpha=target.live - 1.0)
+        foreach_add_(distance, widened(buffer, wide), alpha=weight)
+    foreach_add_(distance, weights, alpha=target.live - 1.0)
     return distance
 
 

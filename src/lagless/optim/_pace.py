@@ -20,6 +20,7 @@ from lagless.execution import (
     exact_dtype,
     fits_kernel,
     fits_pace_c,
+    foreach_add_,
     local,
     pace_step_c,
     without_autocast,
@@ -215,7 +216,7 @@ class PACE(AveragedOptimizer):
         kinds: defaultdict[tuple[Any, ...], list[Row]] = defaultdict(list)
         steps = [self.state[p]["step"] for p in parameters]
         if steps:
-            torch._foreach_add_(steps, 1.0)
+            foreach_add_(steps, 1.0)
         for row, step in zip(self._rows(parameters, group), counts(steps), strict=True):
             kinds[step, row[0].device, tuple(t.dtype for t in row)].append(row)
         rule: Rule = group["average"]
@@ -234,7 +235,7 @@ class PACE(AveragedOptimizer):
             devices[parameter.device].append(parameter)
         for same in devices.values():
             steps = [self.state[p]["step"] for p in same]
-            torch._foreach_add_(steps, 1.0)
+            foreach_add_(steps, 1.0)
             t = torch.stack(steps).to(exact_dtype(steps[0].device))
             weight, decay = average_step_on_device(group["average"], t)
             pulls = torch.where(weight > 0.0, decay, 0.0) if group["gate_pullback"] else decay

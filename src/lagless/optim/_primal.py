@@ -11,7 +11,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lagless._validation import Settings
-from lagless.execution import Noise, Row, blocks, combine, is_sharded, local, without_autocast
+from lagless.execution import (
+    Noise,
+    Row,
+    blocks,
+    combine,
+    foreach_add_,
+    foreach_copy_,
+    foreach_lerp,
+    is_sharded,
+    local,
+    without_autocast,
+)
 from lagless.optim._average_step import AverageStep, average_step
 from lagless.optim._averaged import LIVE, average_keys, new_buffers
 from lagless.optim._executors import move_average, towards, widened
@@ -200,13 +211,13 @@ class PrimalAveraging(WrappingOptimizer):
                 local(parameter).mul_(1.0 - decay)
         for (m, stored, _), rows in kinds.items():
             for y, z in blocks(rows):
-                ahead = [] if stored else torch._foreach_lerp(z, y, 1.0 / m)
+                ahead = [] if stored else foreach_lerp(z, y, 1.0 / m)
                 if decay:
-                    torch._foreach_add_(z, widened(y, z[0].dtype), alpha=-decay)
+                    foreach_add_(z, widened(y, z[0].dtype), alpha=-decay)
                 if y[0].dtype == z[0].dtype:
-                    torch._foreach_copy_(y, z)
+                    foreach_copy_(y, z)
                 if not stored:
-                    torch._foreach_copy_(z, ahead)
+                    foreach_copy_(z, ahead)
 
     def _put_y(self, group: dict[str, Any], parameters: Sequence[Tensor], entries: Entries, stepped: bool) -> None:
         """Exchange z in the parameters for y, after averaging and pulling it if it was ``stepped``."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
+
+from lagless.execution import foreach_add, foreach_add_, foreach_copy_, foreach_mul_
 
 
 class Widened:
@@ -33,10 +34,10 @@ def mix(
     ``z`` may be ``y`` or ``stored`` itself.
     """
     if distance is not None and pull:
-        torch._foreach_add_(z, distance, alpha=pull)
-        torch._foreach_mul_(distance, 1.0 - pull)
-    between = z if distance is None or m == 0.0 else torch._foreach_add(z, distance, alpha=m)
+        foreach_add_(z, distance, alpha=pull)
+        foreach_mul_(distance, 1.0 - pull)
+    between = z if distance is None or m == 0.0 else foreach_add(z, distance, alpha=m)
     if stored is not None and stored is not z:
-        torch._foreach_copy_(stored, z)
+        foreach_copy_(stored, z)
     if between is not y:
-        torch._foreach_copy_(y, between)
+        foreach_copy_(y, between)

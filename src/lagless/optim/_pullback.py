@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lagless._validation import Settings
-from lagless.execution import Noise, Row, blocks, counts, local, without_autocast
+from lagless.execution import Noise, Row, blocks, counts, foreach_add_, foreach_copy_, local, without_autocast
 from lagless.optim._average_step import AverageStep, average_step
 from lagless.optim._averaged import average_keys, new_buffers
 from lagless.optim._denominators import Denominator, denominator_of, is_plain
@@ -170,9 +170,9 @@ def _pull_block(
         divisor = denominator.compute([widened(s, wide) for s in sources], group, base_step)
         pull_(weights, divisor, distance, float(group["lr"]) * pull, ceiling)
     elif distance is not None:
-        torch._foreach_add_(weights, distance, alpha=min(pull, ceiling))
+        foreach_add_(weights, distance, alpha=min(pull, ceiling))
     if weights is not theta:
-        torch._foreach_copy_(theta, weights)
-        torch._foreach_copy_(weights, theta)
+        foreach_copy_(theta, weights)
+        foreach_copy_(weights, theta)
     if moves.update is not None:
         move_average(buffers, moves.update, weights, noise)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lagless.execution import Sharding, local, over_shards, sum_over_mesh
+from lagless.execution import Sharding, foreach_max, foreach_norm, local, over_shards, sum_over_mesh
 
 
 def check_gradients(name: str, parameters: Sequence[Tensor]) -> None:
@@ -45,7 +45,7 @@ def all_finite(parameters: Sequence[Tensor], sums: Iterable[dict[Any, Tensor]]) 
     # infinite before they are.
     filled = [(key.exponent % 2, t) for totals in sums for key, t in totals.items() if t.numel()]
     even, odd = ([t for rest, t in filled if rest == parity] for parity in (0, 1))
-    extremes = [*(torch._foreach_max(even) if even else ()), *(t for each in odd for t in torch.aminmax(each))]
+    extremes = [*(foreach_max(even) if even else ()), *(t for each in odd for t in torch.aminmax(each))]
     if extremes:
         wide = max((t.dtype for t in extremes), key=lambda d: d.itemsize)
         finite &= torch.stack([t.to(wide) for t in extremes]).isfinite().all()
@@ -61,7 +61,7 @@ def norms(parameters: Sequence[Tensor]) -> list[Tensor]:
     if not gradients:
         return []
     dtype = max((torch.promote_types(g.dtype, torch.float32) for g in gradients), key=lambda d: d.itemsize)
-    return list(torch._foreach_norm(gradients, 2, dtype=dtype))
+    return list(foreach_norm(gradients, 2, dtype=dtype))
 
 
 def norms_of_whole(parameters: Sequence[Tensor], norms: Tensor) -> Tensor:
