@@ -448,7 +448,7 @@ def test_an_update_under_way_is_finished_at_exit(tmp_path):
     """
     path = tmp_path / "averager.safetensors"
     subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(path)], check=True, timeout=120)
-    resumed = Averager({"w": torch.ones(640)}, EMA(decay=0.5))
+    resumed = Averager({"w": torch.full((640,), 3.0)}, EMA(decay=0.5))
     resumed.load(path)
     assert torch.equal(resumed.read()["w"], torch.full((640,), 2.0))
 

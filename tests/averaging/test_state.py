@@ -128,7 +128,7 @@ def test_future_format_is_refused():
     averager = Averager({"a": torch.ones(2)}, EMA())
     state = averager.state_dict()
     state["meta"]["format"] = 99
-    with pytest.raises(ValueError, match="format 99; this lagless reads 1. Update lagless"):
+    with pytest.raises(ValueError, match="format 99; this lagless reads 1 to 2. Update lagless"):
         averager.load_state_dict(state)
 
 

@@ -17,8 +17,9 @@ from lagless._validation import require_integer
 from lagless.averaging._attachment import Attachment
 from lagless.averaging._buffers import AverageBuffers
 from lagless.averaging._live import LiveTensors, Source
+from lagless.averaging._live_check import LiveCheck
 from lagless.averaging._rule_set import RuleSet
-from lagless.averaging._state import State, buffer_with_low, make_state, match
+from lagless.averaging._state import State, buffer_with_low, live_digests, make_state, match
 from lagless.averaging._steppers import Steppers
 from lagless.execution import (
     combine,
@@ -108,7 +109,8 @@ class Averager:
                 require_updates(rule, require_integer("total_steps", total_steps, minimum=0), after=step)
         follow_optimizers()
         self._live = LiveTensors(source)
-        self._steppers = Steppers(self._live)
+        self._check = LiveCheck(self._live)
+        self._steppers = Steppers(self._live, self._check)
         observe_steps(self._steppers)
         self._applied: str | None = None
         self._attachment: Attachment | None = None
@@ -157,6 +159,7 @@ class Averager:
                 "the Averager is attached to an optimizer, whose steps it counts by itself: leave update() out, or "
                 "remove() the attachment first."
             )
+        self._check.require()
         if self._stored_start is not None:
             self._stored_start.require_verified()
         rows, last = self._rules.advance(self.step + 1)
@@ -331,26 +334,34 @@ class Averager:
         had never stopped. Those of sharded parameters are DTensors, which ``torch.distributed.checkpoint`` saves from
         all ranks at once and loads on any number of them.
         """
+        return self._state(self._check.digests())
+
+    def _state(self, digests: Mapping[str, str]) -> State:
         stored = self._stored_start
         numbers = {
             "step": self.step,
             "seed": self._buffers.seed,
             "start": stored and {"name": stored.path.name, "fingerprint": stored.fingerprint},
         }
-        return make_state(self._live, self._rules, self._buffers.buffers, self._buffers.low, numbers)
+        return make_state(self._live, self._rules, self._buffers.buffers, self._buffers.low, numbers, digests)
 
     @torch.no_grad()
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: State, *, check_live: bool = True) -> None:
         """Take over a state of :meth:`state_dict`; the Averager must have the same rules, parameters and dtype.
 
         Of whole tensors, an Averager of sharded parameters takes the parts on this rank.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+            check_live: require, at the first step, update or read from here on, the live weights with which the state
+                was saved. States of earlier versions, and those of sharded parameters, do not know them.
 
         Raises:
             ValueError: if it has not; nothing is changed then.
             RuntimeError: while averaged weights are in the model.
         """
         self._refuse_while_applied("load a state")
-        own = self.state_dict()
+        own = self._state({})
         tensors, with_low = match(state, own)
         shardings = dict(zip(self._live.names, self._live.shardings, strict=True))
         parts = {name: shardings[name.split("/", 1)[1]].part_of(tensor) for name, tensor in tensors.items()}
@@ -361,7 +372,7 @@ class Averager:
             if name in with_low:
                 self._buffers.keep_low(i)
         left_out = []
-        for name, tensor in self.state_dict()["tensors"].items():
+        for name, tensor in self._state({})["tensors"].items():
             if name in parts:
                 local(tensor).copy_(parts[name])
             else:  # low bits that the state has not
@@ -375,6 +386,7 @@ class Averager:
                 UserWarning,
                 stacklevel=2,
             )
+        self._check.expect(live_digests(state) if check_live else {})
         if self._stored_start is not None:
             self._stored_start.mismatch = None  # the state vouches for θ_0 by its fingerprint
 
@@ -391,8 +403,12 @@ class Averager:
 
         save_file(self.state_dict(), path)
 
-    def load(self, path: str | PathLike[str]) -> None:
+    def load(self, path: str | PathLike[str], *, check_live: bool = True) -> None:
         """Take over a state that :meth:`save` wrote, on as many ranks as there are now; each reads its own parts.
+
+        Args:
+            path: the file.
+            check_live: as for :meth:`load_state_dict`.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -400,7 +416,7 @@ class Averager:
         """
         from lagless.averaging._state_file import load_file  # reads checkpoints
 
-        self.load_state_dict(load_file(path))
+        self.load_state_dict(load_file(path), check_live=check_live)
 
     def _refuse_while_applied(self, action: str) -> None:
         if self._applied is not None:
@@ -414,6 +430,7 @@ class Averager:
         weighted, live_weight = self._rules.coefficients(name, self.step)
         trained = self._live.trained()
         self._live.check_frozen()
+        self._check.require()
         stored = self._stored_start
         base = stored.open() if stored and any(not self._buffers.buffers[i] for i, _ in weighted) else None
 

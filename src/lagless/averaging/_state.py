@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -13,7 +13,8 @@ from lagless.averaging._rule_set import RuleSet
 from lagless.execution import LOW_DTYPE
 from lagless.rules import rule_to_dict, same_rule
 
-FORMAT = 1
+FORMAT = 2
+"""2 has digests of the live weights. States of format 1 are read too, and go on unchecked."""
 
 
 class State(TypedDict):
@@ -22,6 +23,9 @@ class State(TypedDict):
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
 
+
+_LIVE = "live/"
+"""Begins an entry of the lists under "buffers" that says what the live weights were: "live/{digest}/{name}"."""
 
 _LOW = ".low"
 """Ends the name of a buffer's low bits, which no buffer's own name does: that ends with a number."""
@@ -33,6 +37,7 @@ def make_state(
     buffers: Sequence[Sequence[Tensor]],
     low: Sequence[Sequence[Tensor | None]],
     numbers: dict[str, Any],
+    digests: Mapping[str, str],
 ) -> State:
     """Return the state of averages; its tensors are the buffers themselves.
 
@@ -42,6 +47,7 @@ def make_state(
         buffers: what is stored, one list per key; an empty one is kept elsewhere.
         low: the low bits of each, empty or None where they are not kept.
         numbers: what else there is to know: step, seed, start.
+        digests: of the live weights, by name; empty where nobody knows them.
     """
     names = rules.buffer_names()
     tensors = {
@@ -60,13 +66,15 @@ def make_state(
         "seed": numbers["seed"],
         "rules": {name: rule_to_dict(rule) for name, rule in rules.rules.items()},
         "last": {name: tick._asdict() for name, tick in rules.last.items()},
-        # What has low bits is said here since torch.distributed.checkpoint loads only what a new state has a key for.
+        # torch.distributed.checkpoint loads only what a new state has a key for, and refuses files that lack one. So
+        # what is new since the first version, low bits and digests, is said in these lists.
         "buffers": {
             rule: [names[i] for i in indices] + [names[i] + _LOW for i in indices if low[i]]
             for rule, indices in rules.index.items()
         },
         "start": numbers["start"],
     }
+    meta["buffers"][next(iter(rules.rules))] += [f"{_LIVE}{digest}/{name}" for name, digest in digests.items()]
     return {"tensors": tensors, "meta": meta}
 
 
@@ -82,9 +90,9 @@ def match(state: State, expected: State) -> tuple[dict[str, Tensor], set[str]]:
     """
     try:
         meta, wanted, have, need = state["meta"], expected["meta"], state["tensors"], expected["tensors"]
-        if meta["format"] != FORMAT:
+        if meta["format"] not in (1, FORMAT):
             raise ValueError(
-                f"averager state has format {meta['format']!r}; this lagless reads {FORMAT}. Update lagless."
+                f"averager state has format {meta['format']!r}; this lagless reads 1 to {FORMAT}. Update lagless."
             )
         given, own = meta["rules"], wanted["rules"]
         if given.keys() != own.keys() or not all(same_rule(given[name], own[name]) for name in own):
@@ -101,11 +109,11 @@ def match(state: State, expected: State) -> tuple[dict[str, Tensor], set[str]]:
         theirs = {
             own: other
             for rule, names in wanted["buffers"].items()
-            for own, other in zip(_without_low(names), _without_low(meta["buffers"][rule]), strict=True)
+            for own, other in zip(_plain(names), _plain(meta["buffers"][rule]), strict=True)
         }
         ours = {other: own for own, other in theirs.items()}
         announced = {
-            ours[name.removesuffix(_LOW)] for names in meta["buffers"].values() for name in names if name.endswith(_LOW)
+            ours[name.removesuffix(_LOW)] for names in meta["buffers"].values() for name in names if _says_low(name)
         }
         counters = isinstance(meta["step"], int) and isinstance(meta["seed"], int)
         if not counters or meta["last"].keys() != wanted["last"].keys():
@@ -158,8 +166,20 @@ def buffer_with_low(name: str) -> str:
     return name.split("/", 1)[0].removesuffix(_LOW)
 
 
-def _without_low(names: Sequence[str]) -> list[str]:
-    return [name for name in names if not name.endswith(_LOW)]
+def live_digests(state: State) -> dict[str, str]:
+    """Return the digests of the live weights that ``state`` was saved beside, by name; empty if it has none."""
+    entries = [entry for entries in state["meta"]["buffers"].values() for entry in entries if entry.startswith(_LIVE)]
+    pairs = (entry.removeprefix(_LIVE).partition("/") for entry in entries)
+    return {name: digest for digest, _, name in pairs}
+
+
+def _plain(entries: Sequence[str]) -> list[str]:
+    """The names of buffers in a list of all that a state says of a rule's."""
+    return [entry for entry in entries if not entry.startswith(_LIVE) and not entry.endswith(_LOW)]
+
+
+def _says_low(entry: str) -> bool:
+    return entry.endswith(_LOW) and not entry.startswith(_LIVE)
 
 
 def _is_low(name: str) -> bool:

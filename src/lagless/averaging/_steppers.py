@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lagless.averaging._live import LiveTensors
+from lagless.averaging._live_check import LiveCheck
 from lagless.execution import local
 
 
@@ -29,10 +30,11 @@ class Steppers:
 
     Args:
         live: what is averaged.
+        check: of the live weights beside a loaded state, made before they first step.
     """
 
-    def __init__(self, live: LiveTensors) -> None:
-        self._live = live
+    def __init__(self, live: LiveTensors, check: LiveCheck) -> None:
+        self._live, self._check = live, check
         self._known: weakref.WeakKeyDictionary[Optimizer, _Groups] = weakref.WeakKeyDictionary()
         self._ids = [id(tensor) for tensor in live.parameters()]
         self._versions = self._present_versions()
@@ -57,7 +59,8 @@ class Steppers:
         """Look at the groups of an optimizer that is about to step.
 
         Raises:
-            RuntimeError: if it stepped averaged tensors only, and has others now.
+            RuntimeError: if it stepped averaged tensors only, and has others now; or if it would move live weights that
+                are not those of a loaded state.
         """
         groups, before = _size(optimizer), self._known.get(optimizer)
         now = before if before is not None and before.size == groups else self._look(optimizer)
@@ -67,6 +70,7 @@ class Steppers:
                 f"{now.others} parameters were added to {type(optimizer).__name__} that are not averaged; {_JOIN}"
             )
         if now.ours:
+            self._check.require()
             self._ours_stepped = True
         else:
             self._foreign = type(optimizer).__name__

@@ -97,6 +97,7 @@ from lagless.execution._shown_weights import (
     require_own_weights as require_own_weights,
     require_training_mode as require_training_mode,
     showing as showing,
+    shown_average as shown_average,
     trained_weights as trained_weights,
     wait_for_copies as wait_for_copies,
     writing_weights as writing_weights,

@@ -134,14 +134,16 @@ def require_own_weights(tensors: Iterable[Tensor], action: str) -> None:
     Raises:
         RuntimeError: saying whose.
     """
+    if (what := shown_average(tensors)) is not None:
+        raise RuntimeError(f"cannot {action} while {what} is in these parameters; leave its applied() block first.")
+
+
+def shown_average(tensors: Iterable[Tensor]) -> str | None:
+    """Return what to call the average that is in ``tensors`` for the length of somebody's block; None without one."""
     if not _HOLDS:
-        return
+        return None
     keys = {key for tensor in tensors for key in _keys(tensor)}
-    for hold in _HOLDS:
-        if not keys.isdisjoint(hold.keys):
-            raise RuntimeError(
-                f"cannot {action} while {hold.what} is in these parameters; leave its applied() block first."
-            )
+    return next((hold.what for hold in _HOLDS if not keys.isdisjoint(hold.keys)), None)
 
 
 def evaluating_optimizers(tensors: Iterable[Tensor]) -> list[Optimizer]:

@@ -276,7 +276,8 @@ def test_a_best_state_lost_during_the_run_costs_none_of_the_last_ones(hf, tmp_pa
     model = hf.model()
     model.load_state_dict(reading.live)
     callback.averager = Averager(model, RULES)
-    callback.averager.load(tmp_path / "averages.safetensors")
+    # The file was written beside the weights of the best step, which were in the model by then.
+    callback.averager.load(tmp_path / "averages.safetensors", check_live=False)
     assert hf.same(averages(callback), reading.averages)
 
 

@@ -298,7 +298,8 @@ class AveragingCallback(TrainerCallback):
                 averager.save(kept)
             raise RuntimeError(
                 f"the Trainer went back to {best}, but the averages cannot: {error} Their state at step "
-                f"{averager.step} is in {kept}; Averager.load reads it beside the live weights of that step."
+                f"{averager.step} is in {kept}; Averager.load(..., check_live=False) reads it beside the live weights "
+                "of that step."
             ) from error
 
     def _refuse(self, trainer: Trainer) -> None:
