@@ -207,7 +207,7 @@ BAD = {
     ),
     "float8": (
         lambda d: _saved(d / "x.pt", {"a": torch.ones(2).to(torch.float8_e4m3fn)}),
-        "'a' is torch.float8_e4m3fn.*cannot be averaged",
+        "'a' .F8_E4M3 .2.. is torch.float8_e4m3fn, which cannot be averaged without its scale",
     ),
     "no tensors": (lambda d: save_model({}, d) or d, "holds no tensors"),
     "quantized": (_quantized, "config.json: the weights are quantized"),

@@ -24,12 +24,14 @@ from lagless.checkpoints._readers import (
     Reader as Reader,
     byte_view as byte_view,
 )
+from lagless.checkpoints._run_folder import FoundRun as FoundRun, scan_run as scan_run
 from lagless.checkpoints._safetensors_format import (
     NAMES as NAMES,
     TensorInfo as TensorInfo,
     build_header as build_header,
 )
 from lagless.checkpoints._sidecar_files import sidecar_files as sidecar_files
+from lagless.checkpoints._training_record import Mode as Mode, metric_values as metric_values
 from lagless.checkpoints._trajectory import (
     Trajectory as Trajectory,
     find_checkpoints as find_checkpoints,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lagless.checkpoints._errors import CheckpointError
+from lagless.checkpoints._quantized import CodedPlace
 from lagless.checkpoints._readers import Place, Reader, byte_view
 from lagless.checkpoints._safetensors_format import TensorInfo, total_bytes
 
@@ -22,6 +23,10 @@ class Checkpoint:
         tensors: type and shape of each tensor, by name.
         is_adapter: whether these are the weights of a PEFT adapter.
         left_out: names of tensors that lie among the weights and belong to other states, as of an optimizer.
+        folder: the folder in which the weights lie.
+        companions: where configuration and tokenizer are: a folder, or the file of weights they lie beside.
+        stem: how the files of weights are named, as ``model`` or ``diffusion_pytorch_model``.
+        quantized: what quantized the weights, which are read as the numbers that they stand for; None for plain ones.
     """
 
     def __init__(
@@ -31,8 +36,17 @@ class Checkpoint:
         files: list[Path],
         is_adapter: bool,
         left_out: Sequence[str] = (),
+        *,
+        folder: Path | None = None,
+        companions: Path | None = None,
+        stem: str | None = None,
+        quantized: tuple[str, torch.dtype] | None = None,
     ) -> None:
         self.path = path
+        self.folder = folder or (path if path.is_dir() else path.parent)
+        self.companions = companions or (self.folder if path.is_dir() else path)
+        self.stem = stem or ("adapter_model" if is_adapter else "model")
+        self.quantized, self._base_dtype = quantized or (None, None)
         self.files = tuple(files)
         self.is_adapter = is_adapter
         self.left_out = tuple(left_out)
@@ -41,9 +55,13 @@ class Checkpoint:
         self._stamps = self._stamp()
 
     @property
-    def folder(self) -> Path:
-        """The folder in which the weights lie, and beside them configuration and tokenizer."""
-        return self.path if self.path.is_dir() else self.path.parent
+    def written(self) -> dict[str, TensorInfo]:
+        """Type and shape of each tensor as an average is written: those stored, or those before quantization."""
+        base = self._base_dtype
+        if base is None:
+            return self.tensors
+        numbers = (name for name, place in self._places.items() if isinstance(place, CodedPlace))
+        return self.tensors | {name: TensorInfo(base, self.tensors[name].shape) for name in numbers}
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +108,19 @@ class Checkpoint:
     def restricted_to(self, names: Iterable[str]) -> Checkpoint:
         """The same checkpoint with those of its tensors alone."""
         places = {name: (self.tensors[name], self._places[name]) for name in names}
-        return Checkpoint(self.path, places, list(self.files), self.is_adapter, self.left_out)
+        return Checkpoint(
+            self.path,
+            places,
+            list(self.files),
+            self.is_adapter,
+            self.left_out,
+            folder=self.folder,
+            companions=self.companions,
+            stem=self.stem,
+            quantized=None
+            if self.quantized is None or self._base_dtype is None
+            else (self.quantized, self._base_dtype),
+        )
 
     def _stamp(self) -> list[tuple[int, int] | None]:
         return [(path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None for path in self.files]

@@ -93,6 +93,15 @@ class Chunk:
                 yield low, run * length + low - begin, high - low
 
 
+@dataclass(frozen=True)
+class PlainChunk(Chunk):
+    """A box of a tensor whose elements lie in a file row by row from ``begin`` on."""
+
+    def data_begin(self, dtype: torch.dtype) -> int:
+        """The byte of the file at which the elements begin."""
+        return self.begin
+
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes, per dimension."""
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from lagless.checkpoints._errors import CheckpointError
-from lagless.checkpoints._json import read_object
 from lagless.checkpoints._safetensors_format import TensorInfo
 
 _CODES = re.compile(r"(.*[._])?(q?weights?|q_?weight|weight_packed|packed_weight|codes|blocks|q_?zeros|qzeros|g_idx)")
@@ -28,18 +27,6 @@ def refuse_codes(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         integer = not info.dtype.is_floating_point and str(info.dtype) != "torch.bool"
         if integer and len(info.shape) > 1 and (_CODES.fullmatch(name) or _module(name) in scaled):
             _refuse(f"{path}: tensor {name!r} ({info}) holds integer codes of weights")
-
-
-def refuse_quantized(config: Path) -> None:
-    """Refuse a checkpoint whose configuration says that its weights are quantized.
-
-    Raises:
-        CheckpointError: also if the configuration cannot be read.
-    """
-    if config.exists() and read_object(config, "Repair the configuration, or leave this checkpoint out.").get(
-        "quantization_config"
-    ):
-        _refuse(f"{config}: the weights are quantized (quantization_config)")
 
 
 def _module(name: str) -> str:

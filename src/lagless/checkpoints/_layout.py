@@ -83,7 +83,11 @@ class Layout:
 
 
 def plan_layout(
-    tensors: Mapping[str, TensorInfo], dtype: str = "auto", max_shard_size: int | str = "5GB", adapter: bool = False
+    tensors: Mapping[str, TensorInfo],
+    dtype: str = "auto",
+    max_shard_size: int | str = "5GB",
+    adapter: bool = False,
+    stem: str | None = None,
 ) -> Layout:
     """Lay out a model folder as ``save_pretrained`` names it.
 
@@ -94,6 +98,7 @@ def plan_layout(
         max_shard_size: bytes per file, as a number or like ``"5GB"`` or ``"500MiB"``; a larger tensor gets a file of
             its own.
         adapter: write one ``adapter_model.safetensors``, never shards: PEFT reads no other.
+        stem: how the files are named; None for ``model``, or ``adapter_model``.
 
     Raises:
         ValueError: if ``dtype`` or ``max_shard_size`` is not understood.
@@ -105,7 +110,7 @@ def plan_layout(
         name: TensorInfo(OUTPUT_DTYPES[dtype], info.shape) if dtype != "auto" and info.dtype.is_floating_point else info
         for name, info in tensors.items()
     }
-    stem = "adapter_model" if adapter else "model"
+    stem = stem or ("adapter_model" if adapter else "model")
     shards = [written] if adapter else _cut(written, limit)
     if len(shards) == 1:
         names = [f"{stem}.safetensors"]

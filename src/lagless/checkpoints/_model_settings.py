@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lagless.checkpoints._checkpoint import Checkpoint
@@ -38,13 +39,18 @@ def check_settings(checkpoints: Sequence[Checkpoint]) -> None:
         CheckpointError: naming the first setting, its values and both files.
     """
     name = "adapter_config.json" if checkpoints[-1].is_adapter else "config.json"
-    files = [path for path in dict.fromkeys(c.folder / name for c in checkpoints) if path.exists()]
+    files = [path for path in dict.fromkeys(_beside(c) / name for c in checkpoints) if path.exists()]
     if len(files) < 2:
         return
     *others, last = [(path, read_object(path, "Repair it, or leave this checkpoint out.")) for path in files]
     for other in others:
         for key, one, two in _differences(other[1], last[1]):
             raise CheckpointError(f"{key} is {one!r} in {other[0]}, but {two!r} in {last[0]}. {_REMEDY}")
+
+
+def _beside(checkpoint: Checkpoint) -> Path:
+    place = checkpoint.companions
+    return place if place.is_dir() else place.parent
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lagless.checkpoints._contents import RECORD, records_average
 from lagless.checkpoints._errors import CheckpointError
-from lagless.checkpoints._open import SUFFIXES, holds_weights
+from lagless.checkpoints._layouts import BELOW, INSIDE, RUN_LAYOUTS, SUFFIXES, RunLayout, split_suffix, step_named
+from lagless.checkpoints._open import holds_weights
+from lagless.checkpoints._training_record import stored_step
 
-STEP_NAME = re.compile(r"(?:^|[-_.=])(checkpoint|ckpt|global_?step|step|iteration|iter)[-_=]?(\d+)$", re.IGNORECASE)
 _FSDP_MODEL = "pytorch_model_fsdp_"  # a folder in a checkpoint of Accelerate
 _TEMPORARY = re.compile(r"^\.|^~|^_?te?mp[-_.]|[-_.](te?mp|partial|incomplete)$", re.IGNORECASE)
 _LOOKED_FOR = (
-    "checkpoint-N, step-N, stepN, iter_N, global_stepN (folders, or files ending in " + ", ".join(SUFFIXES) + ")"
+    "checkpoint-N, step-N, stepN, iter_N, global_stepN, "
+    + ", ".join(dict.fromkeys(layout.shown for layout in RUN_LAYOUTS if layout.program))
+    + f" (folders, or files ending in {', '.join(SUFFIXES)})"
 )
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """The checkpoints of a run folder.
+
+    Attributes:
+        folder: the folder that holds them; perhaps one in the run folder.
+        layout: whose names they have.
+        checkpoints: number and path of each, in order.
+    """
+
+    folder: Path
+    layout: RunLayout
+    checkpoints: list[tuple[int, Path]]
 
 
 def holds_averages(folder: Path) -> bool:
@@ -25,8 +44,8 @@ def holds_averages(folder: Path) -> bool:
     return not holds_weights(folder) and any((entry / RECORD).is_file() for entry in folder.iterdir())
 
 
-def scan_run(run: Path) -> list[tuple[int, Path]]:
-    """The steps and paths of the checkpoints in a run folder; temporary names and averages are passed over.
+def scan_run(run: Path) -> FoundRun:
+    """Return the checkpoints in a run folder; temporary names and averages are passed over.
 
     Raises:
         CheckpointError: if there are none, or several kinds, or two of one step.
@@ -36,39 +55,62 @@ def scan_run(run: Path) -> list[tuple[int, Path]]:
             f"{run}: {'is a file, not a run folder' if run.exists() else 'no such folder'}. Give the folder that "
             "holds the checkpoints."
         )
-    groups: dict[str, list[tuple[int, Path]]] = {}
-    for entry in sorted(run.iterdir()):
-        stem = entry.name.removesuffix(entry.suffix) if entry.suffix in SUFFIXES else entry.name
-        match = STEP_NAME.search(stem)
-        if not match or _TEMPORARY.search(entry.name):
-            continue
+    if (own := _scan(run)) is not None:
+        return own
+    places = [place for pattern in BELOW for place in sorted(run.glob(pattern)) if place.is_dir()]
+    below = [found for place in places if (found := _scan(place)) is not None]
+    if len(below) > 1:
+        raise CheckpointError(
+            f"{run}: several folders in it hold checkpoints ({', '.join(str(f.folder) for f in below)}). Give the one "
+            "that is meant."
+        )
+    if below:
+        return below[0]
+    found = sorted(entry.name for entry in run.iterdir())
+    listing = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+    hint = (
+        " This looks like one checkpoint: give the folder above it."
+        if holds_weights(run)
+        else " Give the checkpoints as a list."
+    )
+    raise CheckpointError(f"{run}: no checkpoints found. Looked for {_LOOKED_FOR}; found {listing or 'nothing'}.{hint}")
+
+
+def _scan(run: Path) -> FoundRun | None:
+    groups: dict[tuple[int, str], tuple[RunLayout, list[tuple[int, Path]]]] = {}
+    for entry, layout, match in _named(run):
         if not entry.exists():
             raise CheckpointError(
                 f"{entry}: this link leads nowhere. Repair it, remove it, or give the checkpoints as a list."
             )
-        if entry.is_dir() and holds_averages(entry):
+        _, suffix = split_suffix(entry.name)
+        if (entry.is_dir() and holds_averages(entry)) or (not entry.is_dir() and not suffix):
             continue
-        if entry.is_dir() or entry.suffix in SUFFIXES:
-            kind = "folders" if entry.is_dir() else f"files *{entry.suffix}"
-            groups.setdefault(f"{kind} {stem[: match.start(2)]}N", []).append((int(match[2]), entry))
+        number = match["number"] if "number" in match.groupdict() else stored_step(entry)
+        what = "folders" if entry.is_dir() else f"files *{suffix}"
+        name = layout.shown
+        if not layout.program:
+            name = re.sub(r"\d+", "N", match.string[: match.start("number")]) + "N"
+        group = groups.setdefault((layout.rank, f"{what} {name}"), (layout, []))
+        group[1].append((int(number), entry))
     if not groups:
-        found = sorted(entry.name for entry in run.iterdir())
-        listing = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
-        hint = (
-            " This looks like one checkpoint: give the folder above it."
-            if holds_weights(run)
-            else " Give the checkpoints as a list."
-        )
-        raise CheckpointError(
-            f"{run}: no checkpoints found. Looked for {_LOOKED_FOR}; found {listing or 'nothing'}.{hint}"
-        )
-    if len(groups) > 1:
-        counts = "; ".join(f"{len(group)} {kind}" for kind, group in groups.items())
+        return None
+    lowest = min(rank for rank, _ in groups)
+    meant = {kind: group for (rank, kind), group in groups.items() if rank == lowest}
+    if len({layout.program or kind for kind, (layout, _) in meant.items()}) > 1:
+        counts = "; ".join(f"{len(group)} {kind}" for kind, (_, group) in meant.items())
         raise CheckpointError(
             f"{run}: several kinds of checkpoints ({counts}). Give those that are meant as a list, or move the others "
             "away."
         )
-    return _in_order(next(iter(groups.values())))
+    layout = next(iter(meant.values()))[0]
+    return FoundRun(run, layout, _in_order([found for _, group in meant.values() for found in group]))
+
+
+def _named(run: Path) -> Iterator[tuple[Path, RunLayout, re.Match[str]]]:
+    for entry in sorted(run.iterdir()):
+        if not _TEMPORARY.search(entry.name) and (found := step_named(entry)):
+            yield entry, *found
 
 
 def select_steps(run: Path, found: list[tuple[int, Path]], steps: Sequence[int] | None) -> list[tuple[int, Path]]:
@@ -91,7 +133,7 @@ def select_steps(run: Path, found: list[tuple[int, Path]], steps: Sequence[int] 
 
 
 def with_steps(paths: list[Path], steps: Sequence[int] | None) -> list[tuple[int, Path]]:
-    """The checkpoints of a list with their steps, by default the last integers in their names.
+    """The checkpoints of a list with their steps, by default those in their names.
 
     Raises:
         CheckpointError: if the list is empty, a name has no integer, or two have the same.
@@ -111,10 +153,14 @@ def with_steps(paths: list[Path], steps: Sequence[int] | None) -> list[tuple[int
 
 def _step_of(path: Path) -> int:
     path = path.absolute()
-    if path.name.startswith(_FSDP_MODEL):  # its number counts the models of a checkpoint
+    inner = {place.split("/")[-1] for row in INSIDE for place in row.folders}
+    while path.name.startswith(_FSDP_MODEL) or path.name in inner:  # the checkpoint is the folder above
         path = path.parent
-    own = path.name.removesuffix(path.suffix) if path.suffix in SUFFIXES else path.name
-    for name in (own, path.parent.name) if path.suffix in SUFFIXES else (own,):
+    if found := step_named(path):
+        match = found[1]
+        return int(match["number"]) if "number" in match.groupdict() else stored_step(path)
+    own, suffix = split_suffix(path.name)
+    for name in (own, path.parent.name) if suffix else (own,):
         if numbers := re.findall(r"\d+", name):
             return int(numbers[-1])
     raise CheckpointError(f"{path}: no step number in its name. Give the steps of the checkpoints with steps.")

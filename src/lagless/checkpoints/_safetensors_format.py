@@ -33,7 +33,10 @@ DTYPES: dict[str, torch.dtype] = {
     "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 AVERAGER_KEY = "lagless"
@@ -78,6 +81,28 @@ def read_header(path: Path) -> dict[str, Stored]:
     Raises:
         CheckpointError: if the file cannot be read, is truncated, or its header does not describe it.
     """
+    header, begin, size = _read(path)
+    metadata = header.pop("__metadata__", None)
+    if isinstance(metadata, dict) and AVERAGER_KEY in metadata:
+        raise CheckpointError(
+            f"{path}: is the state of an Averager, not a model. Load it with Averager.load, beside the weights of its "
+            "step."
+        )
+    return _check_layout(path, header, begin, size)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the texts that a safetensors file carries beside its tensors.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or its header is damaged.
+    """
+    metadata = _read(path)[0].get("__metadata__")
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header of a file, the byte at which its data begins, and its size."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -103,13 +128,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise ValueError("not an object")
     except ValueError as error:  # also UnicodeDecodeError
         raise CheckpointError(f"{path}: its safetensors header is not JSON ({error}). {_INCOMPLETE}") from error
-    metadata = header.pop("__metadata__", None)
-    if isinstance(metadata, dict) and AVERAGER_KEY in metadata:
-        raise CheckpointError(
-            f"{path}: is the state of an Averager, not a model. Load it with Averager.load, beside the weights of its "
-            "step."
-        )
-    return _check_layout(path, header, _LENGTH.size + length, size)
+    return header, _LENGTH.size + length, size
 
 
 def build_header(

@@ -12,8 +12,9 @@ from typing import Any
 
 from lagless.checkpoints._errors import CheckpointError, reporting
 from lagless.checkpoints._json import read_object
+from lagless.checkpoints._layouts import step_named
 from lagless.checkpoints._permissions import Permissions
-from lagless.checkpoints._run_folder import STEP_NAME, holds_averages
+from lagless.checkpoints._run_folder import holds_averages
 from lagless.checkpoints._weight_names import NOT_WEIGHTS
 
 # Weights in any format, logs, results and the card of the checkpoint: they are not the average's.
@@ -22,8 +23,9 @@ _LEFT = (
     *("*.npz", "*.onnx", "*.onnx_data", "*.gguf", "*.h5", "*.msgpack", "*.tflite", "*.mlmodel", "*.tar*", "*.zip"),
     *("events.out.tfevents*", "*.log", "*.jsonl", "*.csv", "*_results.json", "*.lock", "*.tmp", "*.partial", "*~"),
     *("README*", "zero_to_fp32.py", "latest", "lagless.json", "__pycache__", "runs", "wandb", "mlruns", "logs", "eval"),
-    "pytorch_model_fsdp_*",
+    *("pytorch_model_fsdp_*", "hf_quant_config.json", "recipe.yaml"),
 )
+_QUANTIZATION = ("quantization_config", "compression_config")
 _TOKENIZERS = ("tokenizer*", "*vocab*")  # in whatever format
 
 # Of a folder that one file was chosen from, which may be anything, only what is known to go with a model.
@@ -59,7 +61,7 @@ def _files(folder: Path) -> Iterator[Path]:
         if entry.name.startswith(".") or not _is_carried(entry.name):
             continue
         if entry.is_dir():
-            if not (entry.is_symlink() or STEP_NAME.search(entry.name) or holds_averages(entry)):
+            if not (entry.is_symlink() or step_named(entry) or holds_averages(entry)):
                 yield from _files(entry)
         elif entry.is_file() or entry.is_symlink():
             yield entry
@@ -77,7 +79,7 @@ def _known_files(folder: Path) -> Iterator[Path]:
             yield entry
 
 
-def copy_sidecar_files(source: Path, destination: Path, dtype: str = "auto") -> None:
+def copy_sidecar_files(source: Path, destination: Path, dtype: str = "auto", dequantized: bool = False) -> None:
     """Copy what lies beside the weights in ``source`` into ``destination``; nobody may read more than before.
 
     Args:
@@ -85,6 +87,8 @@ def copy_sidecar_files(source: Path, destination: Path, dtype: str = "auto") -> 
         destination: an existing folder.
         dtype: the type of the weights beside the copies; unless ``"auto"``, ``config.json`` is made to say so, because
             ``from_pretrained`` loads weights in the type that it names.
+        dequantized: whether the weights beside the copies were quantized and are no more; then ``config.json`` is made
+            to say so.
 
     Raises:
         CheckpointError: if ``config.json`` has to be changed and is no JSON object.
@@ -93,12 +97,15 @@ def copy_sidecar_files(source: Path, destination: Path, dtype: str = "auto") -> 
     for entry in sidecar_files(source):
         target = destination / entry.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if entry == folder / "config.json" and dtype != "auto":
+        if entry == folder / "config.json" and (dtype != "auto" or dequantized):
             config = read_object(
                 entry, "The type of the weights cannot be set in it: repair it, or keep the type with dtype='auto'."
             )
-            _set_dtype(config, dtype)
-            if "dtype" not in config and "torch_dtype" not in config:
+            if dequantized:
+                config = {key: value for key, value in config.items() if key not in _QUANTIZATION}
+            if dtype != "auto":
+                _set_dtype(config, dtype)
+            if dtype != "auto" and "dtype" not in config and "torch_dtype" not in config:
                 config["dtype"] = dtype
             target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         else:

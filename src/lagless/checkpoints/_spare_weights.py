@@ -9,8 +9,9 @@ from pathlib import Path
 
 from lagless.checkpoints._checkpoint import Checkpoint
 from lagless.checkpoints._errors import CheckpointError
-from lagless.checkpoints._open import SUFFIXES, open_file
-from lagless.checkpoints._run_folder import STEP_NAME, holds_averages
+from lagless.checkpoints._layouts import SUFFIXES, step_named
+from lagless.checkpoints._open import open_file
+from lagless.checkpoints._run_folder import holds_averages
 from lagless.checkpoints._weight_names import NOT_WEIGHTS, is_other_state
 
 # The same model in another format beside the files that are read, as from_pretrained chooses among them.
@@ -29,8 +30,8 @@ def refuse_spare_weights(checkpoint: Checkpoint) -> None:
     """
     if not checkpoint.path.is_dir():
         return  # that very file was asked for
-    for file in _weight_files(checkpoint.path, 0):
-        if file in checkpoint.files or (file.parent == checkpoint.path and _SAME_MODEL.fullmatch(file.name)):
+    for file in _weight_files(checkpoint.folder, 0):
+        if file in checkpoint.files or (file.parent == checkpoint.folder and _SAME_MODEL.fullmatch(file.name)):
             continue
         try:
             tensors = open_file(file)
@@ -49,11 +50,11 @@ def refuse_spare_weights(checkpoint: Checkpoint) -> None:
 
 def _weight_files(folder: Path, depth: int) -> Iterator[Path]:
     for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or NOT_WEIGHTS.search(entry.name):
-            continue
+        if entry.name.startswith(".") or NOT_WEIGHTS.search(entry.name) or is_other_state(f"x.{entry.stem}"):
+            continue  # DeepSpeed names files by the state they hold: exp_avg.pt
         if entry.is_dir():
             inside = depth < _DEEPEST and not entry.is_symlink() and os.access(entry, os.R_OK | os.X_OK)
-            if inside and not STEP_NAME.search(entry.name) and not holds_averages(entry):
+            if inside and not step_named(entry) and not holds_averages(entry):
                 yield from _weight_files(entry, depth + 1)
-        elif entry.suffix in SUFFIXES and entry.is_file():
+        elif entry.name.endswith(SUFFIXES) and entry.is_file():
             yield entry

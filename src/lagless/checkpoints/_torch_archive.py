@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-from lagless.checkpoints._inert_pickle import InertUnpickler
+from lagless.checkpoints._inert_pickle import InertUnpickler, Record
 
 _LOCAL_HEADER = struct.Struct("<4s5HIIIHH")
 _ENCRYPTED, _UTF8 = 1, 1 << 11  # flags of a zip record
@@ -64,6 +64,26 @@ class ArchivedTensor:
         expected = [math.prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
         steps = zip(self.shape, self.strides, expected, strict=True)
         return all(size == 1 or stride == wanted for size, stride, wanted in steps)
+
+
+@dataclass(frozen=True)
+class ShardedTensor:
+    """One rank's part of a DTensor, as its pickle describes it.
+
+    Attributes:
+        local: the part.
+        shape: of the whole.
+        dims: per dimension of the mesh, the dimension that is cut along it; None where ranks hold the same.
+    """
+
+    local: ArchivedTensor
+    shape: tuple[int, ...]
+    dims: tuple[int | None, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the elements."""
+        return self.local.dtype
 
 
 class TorchArchive:
@@ -137,7 +157,7 @@ class TorchArchive:
 
 class _Unpickler(InertUnpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch._utils" and name in _REBUILDERS:
+        if module in ("torch._utils", "torch._tensor") and name in _REBUILDERS:
             return _REBUILDERS[name]
         if module in ("torch", "torch.storage") and name.endswith("Storage"):
             return _STORAGE_TYPES.get(name, name)
@@ -198,7 +218,29 @@ def _parameter(data: Any, *_: Any) -> Any:
     return data
 
 
+def _wrapper(kind: Any, dtype: torch.dtype, size: Any, *_: Any) -> Any:
+    return tuple(size)
+
+
+def _from_type(rebuild: Any, kind: Any, args: Any, state: Any) -> Any:
+    """A DTensor's part; for every other subclass of a tensor a record that nobody can take for one."""
+    # A class with slots has its state as a pair: its dictionary, and its slots.
+    state = next((part for part in state if isinstance(part, Mapping)), None) if isinstance(state, tuple) else state
+    local = state.get("_local_tensor") if isinstance(state, Mapping) else None
+    if rebuild is not _wrapper or getattr(kind, "__name__", "") != "DTensor" or not isinstance(local, ArchivedTensor):
+        return type("_rebuild_from_type_v2", (Record,), {})()
+    dims: list[int | None] = []
+    for placement in state["_spec"].state["placements"]:
+        name = type(placement).__name__
+        if name not in ("Shard", "Replicate"):
+            raise ValueError(f"a tensor is placed as {name}")
+        dims.append(int(placement.state["dim"]) if name == "Shard" else None)
+    return ShardedTensor(local, _wrapper(*args), tuple(dims))
+
+
 _REBUILDERS: Mapping[str, Any] = {
+    "_rebuild_wrapper_subclass": _wrapper,
+    "_rebuild_from_type_v2": _from_type,
     "_rebuild_tensor_v2": _tensor_v2,
     "_rebuild_tensor_v3": _tensor_v3,
     "_rebuild_parameter": _parameter,

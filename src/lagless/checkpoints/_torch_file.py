@@ -12,7 +12,7 @@ from lagless.checkpoints._inert_pickle import Record
 from lagless.checkpoints._readers import FilePlace, Place, StridedPlace
 from lagless.checkpoints._safetensors_format import NAMES, TensorInfo
 from lagless.checkpoints._torch_archive import ArchivedTensor, TorchArchive
-from lagless.checkpoints._weight_names import NOT_WEIGHTS, STATE_KEYS, is_other_state
+from lagless.checkpoints._weight_names import AVERAGE_KEYS, NOT_WEIGHTS, STATE_KEYS, is_other_state
 
 _DEEPEST = 20  # levels of dictionaries in a file
 _CONVERT = "Save the weights as safetensors (safetensors.torch.save_file) and average those."
@@ -21,8 +21,9 @@ _CONVERT = "Save the weights as safetensors (safetensors.torch.save_file) and av
 def open_torch(path: Path) -> dict[str, tuple[TensorInfo, Place]]:
     """Find the tensors of a torch file; their elements are not read.
 
-    The file holds a state dict, or a dict with a state dict under one of the keys of ``STATE_KEYS``. Nothing in it is
-    run: other objects than tensors are passed over beside the state dict, and refused in it.
+    The file holds a state dict, or a dict with a state dict under one of the keys of ``STATE_KEYS``; an average beside
+    it (``AVERAGE_KEYS``) is left alone. Nothing in it is run: other objects than tensors are passed over beside the
+    state dict, and refused in it.
 
     Raises:
         CheckpointError: if the file is damaged, was written before torch 1.6, holds several state dicts or none, or
@@ -44,9 +45,30 @@ def open_torch(path: Path) -> dict[str, tuple[TensorInfo, Place]]:
         ) from error
 
 
+def open_entry(path: Path, key: str) -> tuple[TensorInfo, Place]:
+    """Find the one tensor of a torch file: the file's own content, or what lies under ``key`` in it.
+
+    Raises:
+        CheckpointError: if the file is damaged, or holds something else.
+    """
+    try:
+        with path.open("rb") as file:
+            archive = TorchArchive(file)
+            content = archive.content
+            return _open_tensor(path, key, content[key] if isinstance(content, Mapping) else content, archive)
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile and pickle raise many kinds for damaged files
+        raise CheckpointError(
+            f"{path}: cannot be read as a torch file with one tensor ({error}). {_CONVERT}"
+        ) from error
+
+
 def _state(path: Path, content: Any) -> list[tuple[str, Any]]:
     """The names and tensors of the one state dict in a file."""
     found = {} if not isinstance(content, Mapping) else dict(_states(content, ()))
+    if any(place and place[0] in STATE_KEYS for place in found):  # the live weights; their average is no iterate
+        found = {place: None for place in found if not place or place[0] not in AVERAGE_KEYS}
     if len(found) > 1:
         places = " and ".join(repr(".".join(map(str, place))) if place else "the top" for place in found)
         raise CheckpointError(

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 STATE_KEYS = ("state_dict", "model", "model_state_dict", "module")
 """Where a state dict of weights lies in what was saved."""
 
+AVERAGE_KEYS = ("state_dict_ema",)
+"""Where timm keeps an average beside the live weights in one file; other names may be either."""
+
 NOT_WEIGHTS = re.compile(
     r"optimizer|(^|[._/-])optim(s|_states?)?([._/-]|$)|scheduler|scaler|rng_state|random_states|training_args|"
     r"trainer_state|^callbacks$",

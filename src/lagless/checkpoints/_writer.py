@@ -40,6 +40,7 @@ class ModelWriter:
             folders and puts them in place.
         overwrite: whether what lagless wrote to ``out`` before may be replaced.
         permissions: the most that group and others get on what is written.
+        dequantized: whether ``companions`` say that the weights are quantized, which those written are not.
 
     Raises:
         CheckpointError: if the disk is full or fails, if ``out`` changed while the work went on, or if a value does not
@@ -56,10 +57,11 @@ class ModelWriter:
         ranks: Ranks | None = None,
         overwrite: bool = True,
         permissions: Permissions = Permissions(),  # noqa: B008 (immutable)
+        dequantized: bool = False,
     ) -> None:
         self._out, self._names, self._layout = out, list(names), layout
         self._companions, self._dtype, self._overwrite = companions, dtype, overwrite
-        self._permissions = permissions
+        self._permissions, self._dequantized = permissions, dequantized
         self._ranks = ranks or Ranks()
         self._stack = ExitStack()
         self._folders: list[Path] = []
@@ -135,7 +137,7 @@ class ModelWriter:
             name, text = self._layout.index
             self._write_text(folder / name, text)
         if self._companions is not None:
-            copy_sidecar_files(self._companions, folder, self._dtype)
+            copy_sidecar_files(self._companions, folder, self._dtype, self._dequantized)
 
     def _write_text(self, path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")

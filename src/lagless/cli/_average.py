@@ -21,6 +21,12 @@ StartStep = Annotated[int | None, typer.Option(help="Step of --start. Default: 0
 Steps = Annotated[str | None, typer.Option(help="Steps to use, e.g. 0,100,200; for a list of files, their steps.")]
 At = Annotated[int | None, typer.Option(help="Average as of this step; later checkpoints are left out.")]
 
+Best = Annotated[int | None, typer.Option(metavar="N", help="Use the N checkpoints with the best --metric.")]
+Metric = Annotated[str | None, typer.Option(help="Metric for --best: of trainer_state.json, or Lightning's monitor.")]
+Mode = Annotated[
+    Literal["min", "max"] | None, typer.Option(help="Which values of --metric are good. Default: by its name.")
+]
+
 
 @rule_options
 def average(
@@ -40,6 +46,9 @@ def average(
     start_step: StartStep = None,
     steps: Steps = None,
     at: At = None,
+    best: Best = None,
+    metric: Metric = None,
+    mode: Mode = None,
     dtype: Annotated[
         str, typer.Option(help="Type of the weights written: auto (as stored), float32, bfloat16, float16, float64.")
     ] = "auto",
@@ -52,15 +61,20 @@ def average(
 ) -> None:
     """Average the checkpoints of a run into models that from_pretrained loads; every byte is read once.
 
-    Without --rule this is EMA(half_life_fraction=0.05), the same average at every length of run. Several rules or a
-    --grid make one model each, in OUT/NAME. Under torchrun the processes divide the files of OUT.
+    Without --rule this is EMA(half_life_fraction=0.05), the same average at every length of run, or, with --best, the
+    mean of those N. Several rules or a --grid make one model each, in OUT/NAME. Under torchrun the
+    processes divide the files of OUT.
     """
     from lagless.checkpoints import find_checkpoints, parse_size
     from lagless.cli._processes import reading, torchrun
     from lagless.cli._summaries import print_averages, print_rounding, print_schedules, print_start, print_written
     from lagless.posthoc import average_checkpoints
 
-    trajectory = find_checkpoints(_source(run), integers("--steps", steps), start, start_step).until(at)
+    trajectory = find_checkpoints(
+        _source(run), integers("--steps", steps), start, start_step, best=best, metric=metric, mode=mode
+    ).until(at)
+    if best is not None and weights is None and not (rule or settings or grid):
+        weights, normalize = ",".join(["0" if start else "1", *["1"] * (len(trajectory.steps) - 1)]), True
     if weights is not None and (rule or settings or grid):
         raise ValueError("--weights takes the place of --rule and its arguments; give one or the other.")
     rules = chosen_rules(trajectory.steps, rule, settings, grid) if weights is None else {}
@@ -98,6 +112,9 @@ def inspect_command(
     start_step: StartStep = None,
     steps: Steps = None,
     at: At = None,
+    best: Best = None,
+    metric: Metric = None,
+    mode: Mode = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Draw the weights and the learning-rate schedules they equal.")
     ] = None,
@@ -108,7 +125,9 @@ def inspect_command(
     from lagless.posthoc import inspect_run
 
     require_rule(rule, settings, grid)
-    trajectory = find_checkpoints(_source(run), integers("--steps", steps), start, start_step).until(at)
+    trajectory = find_checkpoints(
+        _source(run), integers("--steps", steps), start, start_step, best=best, metric=metric, mode=mode
+    ).until(at)
     summary = inspect_run(trajectory, chosen_rules(trajectory.steps, rule, settings, grid) if rule else None)
     print_run(summary)
     print_start(trajectory)

@@ -21,11 +21,17 @@ def print_run(summary: RunSummary) -> None:
     kind = "adapter" if summary.is_adapter else "model"
     types = ", ".join(f"{count:,} {name}" for name, count in summary.dtypes.items())
     out.print(
-        f"{len(summary.steps)} checkpoints, steps {short_steps(summary.steps)}; each a {kind} of "
+        f"{len(summary.steps)} checkpoints, {summary.unit}s {short_steps(summary.steps)}; each a {kind} of "
         f"{summary.parameters:,} parameters in {summary.tensors} tensors ({types}), {decimal(summary.nbytes)} in "
         f"{summary.shards} file(s)",
         highlight=False,
     )
+    if summary.quantized:
+        out.print(
+            f"weights are stored quantized ({summary.quantized}); they are averaged as the numbers that they stand "
+            f"for, and written as {summary.written}",
+            highlight=False,
+        )
     if summary.left_out:
         named = ", ".join(summary.left_out[:2]) + (", ..." if summary.left_out[2:] else "")
         out.print(f"left out, as no weights: {len(summary.left_out)} tensors ({named})", highlight=False, markup=False)

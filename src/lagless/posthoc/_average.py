@@ -94,6 +94,9 @@ class RunSummary:
         shards: weight files per checkpoint.
         left_out: names of tensors in the last checkpoint that are no weights, as of an optimizer.
         averages: one summary per rule asked about.
+        unit: what steps count: optimizer steps, or epochs.
+        quantized: what quantized the weights; None for plain ones.
+        written: the types of floating-point tensors that an average is written in by default.
     """
 
     steps: tuple[int, ...]
@@ -107,6 +110,9 @@ class RunSummary:
     shards: int
     left_out: tuple[str, ...]
     averages: tuple[AverageSummary, ...]
+    unit: str = "step"
+    quantized: str | None = None
+    written: str = ""
 
 
 def average_checkpoints(
@@ -167,7 +173,7 @@ def average_checkpoints(
     trajectory = _opened(run, steps, start, start_step).until(at)
     named = _named(default_rule(update_freq=common_update_freq(trajectory.steps)) if rules is None else rules)
     last = trajectory.checkpoints[-1]
-    layout = plan_layout(last.tensors, dtype, max_shard_size, last.is_adapter)
+    layout = plan_layout(last.written, dtype, max_shard_size, last.is_adapter, last.stem)
     summaries = [
         replace(_summarize(name, rule, trajectory), path=out / name, nbytes=layout.nbytes)
         for name, rule in named.items()
@@ -179,7 +185,8 @@ def average_checkpoints(
         return summaries
     weights = np.array([summary.weights for summary in summaries])
     ranks = Ranks(group)
-    with ModelWriter(out, list(named), layout, source, dtype, ranks, overwrite, permissions) as writer:
+    quantized = last.quantized is not None
+    with ModelWriter(out, list(named), layout, source, dtype, ranks, overwrite, permissions, quantized) as writer:
         prints = stream_product(
             trajectory.checkpoints,
             weights,
@@ -215,7 +222,7 @@ def _opened(
 
 def _companions_source(trajectory: Trajectory) -> Path:
     """Where configuration and tokenizer are: beside the last weights or, as these may be bare shards, beside θ_0's."""
-    places = [trajectory.checkpoints[-1].path, trajectory.checkpoints[0].path]
+    places = [trajectory.checkpoints[-1].companions, trajectory.checkpoints[0].companions]
     named = [{file.name for file in sidecar_files(place)} for place in places]
     return next((p for p, names in zip(places, named, strict=True) if names & {*_CONFIGURATIONS}), places[0])
 
@@ -272,6 +279,9 @@ def inspect_run(
         shards=len(last.files),
         left_out=last.left_out,
         averages=tuple(_summarize(name, rule, trajectory) for name, rule in named.items()),
+        unit=trajectory.unit,
+        quantized=last.quantized,
+        written=", ".join(sorted({NAMES[i.dtype] for i in last.written.values() if i.dtype.is_floating_point})),
     )
 
 
