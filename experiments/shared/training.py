@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from experiments.shared.attention import use_small_heads
 from experiments.shared.text import random_windows
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -60,9 +61,10 @@ class Setting:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """Load a causal language model in float32."""
+    """Load a Llama in float32 with ``attention.attention``."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.config.use_cache = False
+    use_small_heads(model)
     return model
 
 
@@ -124,4 +126,4 @@ def train(model: PreTrainedModel, setting: Setting, tokens: np.ndarray) -> tuple
             norms.append(round(norm_sum / setting.every, 5))
             loss_sum = norm_sum = 0.0
     seconds = {"seconds": round(time.monotonic() - begun, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
-    return iterates, {"training_loss": curve, "gradient_norm": norms, **seconds}
+    return iterates, {"training_loss": curve, "gradient_norm": norms, "attention": "small heads", **seconds}

@@ -31,6 +31,7 @@ from experiments.shared.training import Setting
 NAME = "paper_clock"
 RESULTS = Path(__file__).parents[1] / "results" / NAME
 RATES, FINALS, BATCHES, SEEDS = (1e-3, 3e-4, 1e-4), (1.0, 0.0, 0.3), (8, 16), (0, 1, 2, 3, 4)
+FIRST_SEEDS = SEEDS[:3]  # of the stages that are judged first
 SGD_RATES, SGD_TUNING_SEEDS, SGD_TUNING_STEPS = (0.01, 0.03, 0.1, 0.3, 1.0), (100, 101, 102), 1800
 
 FLOOR, LEAST_SEEDS = 0.002, 3
@@ -103,10 +104,12 @@ def parts(average: Average) -> Sequence[str]:
 
 
 def adamw_settings() -> Iterator[Setting]:
-    """Yield the AdamW runs: seed by seed, high rates and constant schedules first."""
-    pairs = sorted(itertools.product(range(len(FINALS)), range(len(RATES))), key=sum)
-    for batch, seed, (final, rate) in itertools.product(BATCHES, SEEDS, pairs):
-        yield Setting("adamw", RATES[rate], FINALS[final], batch, seed)
+    """Yield the AdamW runs in the stages of the study's page: a schedule is judged once its stage is done."""
+    stages = [(8, FIRST_SEEDS, [final]) for final in FINALS]
+    stages += [(8, SEEDS[len(FIRST_SEEDS) :], FINALS), (16, SEEDS, FINALS)]
+    for batch, seeds, finals in stages:
+        for seed, final, rate in itertools.product(seeds, finals, RATES):
+            yield Setting("adamw", rate, final, batch, seed)
 
 
 def sgd_tuning_settings(rate: float) -> list[Setting]:
