@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lagless import BEMA, DEMA, EMA, OUEMA, Averager, UniformAverage, WindowAverage
 from lagless.averaging import _buffers
-from lagless.averaging._rule_set import RuleSet
-from lagless.execution import KERNEL_SMALLEST, _c, _compiled, _lerp_c, _lerp_compiled, lerp_compiled
+from lagless.execution import KERNEL_SMALLEST, RuleSet, _c, _compiled, _lerp_c, _lerp_compiled, lerp_compiled
 from lagless.execution._rounding import stochastic_round_
 
 

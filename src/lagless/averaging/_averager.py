@@ -18,10 +18,10 @@ from lagless.averaging._attachment import Attachment
 from lagless.averaging._buffers import AverageBuffers
 from lagless.averaging._live import LiveTensors, Source
 from lagless.averaging._live_check import LiveCheck
-from lagless.averaging._rule_set import RuleSet
 from lagless.averaging._state import State, buffer_with_low, live_digests, make_state, match
 from lagless.averaging._steppers import Steppers
 from lagless.execution import (
+    RuleSet,
     combine,
     follow_optimizer,
     follow_optimizers,

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lagless.averaging._live import LiveTensors
-from lagless.averaging._rule_set import RuleSet
-from lagless.execution import LOW_DTYPE
+from lagless.execution import LOW_DTYPE, RuleSet
 from lagless.rules import rule_to_dict, same_rule
 
 FORMAT = 2

@@ -36,7 +36,10 @@ from lagless.checkpoints._trajectory import (
     Trajectory as Trajectory,
     find_checkpoints as find_checkpoints,
 )
-from lagless.checkpoints._weight_names import is_running_statistic as is_running_statistic
+from lagless.checkpoints._weight_names import (
+    is_averaged as is_averaged,
+    is_running_statistic as is_running_statistic,
+)
 from lagless.checkpoints._writer import ModelWriter as ModelWriter
 
 __getattr__ = _former_names(__name__, {"Destination": "lagless.checkpoints:atomic_folder"})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import torch
+
 STATE_KEYS = ("state_dict", "model", "model_state_dict", "module")
 """Where a state dict of weights lies in what was saved."""
 
@@ -55,6 +57,11 @@ def is_running_statistic(name: str) -> bool:
     (True, False)
     """
     return _STATISTIC.fullmatch(name.rpartition(".")[2]) is not None
+
+
+def is_averaged(name: str, dtype: torch.dtype) -> bool:
+    """Whether a tensor is averaged; integers, booleans and running statistics are the last checkpoint's."""
+    return dtype.is_floating_point and not is_running_statistic(name)
 
 
 def depth_of_state(path: Sequence[object]) -> int:

@@ -55,6 +55,9 @@ def average(
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     memory: Annotated[str, typer.Option(help="Most memory for buffers.")] = "1GiB",
     accumulate: Annotated[Literal["float32", "float64"], typer.Option(help="Type to sum in.")] = "float32",
+    recursive: Annotated[
+        bool, typer.Option(help="Form averages checkpoint after checkpoint: those of lagless watch, bit for bit.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT.")] = False,
     allow_nonfinite: Annotated[bool, typer.Option(help="Average NaN and infinity instead of refusing.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Check everything and say what would be done; write nothing.")] = False,
@@ -88,6 +91,7 @@ def average(
             max_shard_size=max_shard_size,
             memory=parse_size(memory),
             accumulate=accumulate,
+            recursive=recursive,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
             progress=progress,

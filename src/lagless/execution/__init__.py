@@ -69,6 +69,13 @@ from lagless.execution._process_sums import (
 )
 from lagless.execution._product_c import Pieces as Pieces, Product as Product
 from lagless.execution._ranks import Ranks as Ranks
+from lagless.execution._recursion import (
+    BLOCK as BLOCK,
+    first_nan as first_nan,
+    move_block as move_block,
+    read_block as read_block,
+    start_buffers as start_buffers,
+)
 from lagless.execution._rounding import Noise as Noise
 from lagless.execution._rows import (
     RowUpdate as RowUpdate,
@@ -79,6 +86,7 @@ from lagless.execution._rows import (
     is_small as is_small,
     update_rows as update_rows,
 )
+from lagless.execution._rule_set import RuleSet as RuleSet
 from lagless.execution._sharding import (
     Sharding as Sharding,
     fsdp_modules as fsdp_modules,

@@ -28,6 +28,7 @@ from lagless.checkpoints import (
     sidecar_files,
 )
 from lagless.execution import Ranks
+from lagless.posthoc._recursion import stream_recursion
 from lagless.posthoc._weighted_sums import Accumulate, Progress, stream_product
 from lagless.rules import (
     Anchor,
@@ -128,6 +129,7 @@ def average_checkpoints(
     max_shard_size: int | str = "5GB",
     memory: int = 2**30,
     accumulate: Accumulate = "float32",
+    recursive: bool = False,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
@@ -154,6 +156,8 @@ def average_checkpoints(
         max_shard_size: largest weight file; an adapter is always one file.
         memory: bytes for buffers.
         accumulate: type to sum in.
+        recursive: form averages by the recursion of their rules, checkpoint after checkpoint, in float32 or wider. They
+            are those of ``lagless watch``, bit for bit, and those of the weighted sum up to rounding.
         overwrite: replace ``out`` if all that it holds was written by lagless.
         allow_nonfinite: average NaN and infinity as they are, instead of refusing them.
         progress: called with the bytes read so far and in all.
@@ -172,6 +176,8 @@ def average_checkpoints(
     out = absolute_path(out)
     trajectory = _opened(run, steps, start, start_step).until(at)
     named = _named(default_rule(update_freq=common_update_freq(trajectory.steps)) if rules is None else rules)
+    if recursive and not all(isinstance(rule, Rule) for rule in named.values()):
+        raise ValueError("recursive=True forms averages of rules; weights that are given have no recursion.")
     last = trajectory.checkpoints[-1]
     layout = plan_layout(last.written, dtype, max_shard_size, last.is_adapter, last.stem)
     summaries = [
@@ -187,20 +193,17 @@ def average_checkpoints(
     ranks = Ranks(group)
     quantized = last.quantized is not None
     with ModelWriter(out, list(named), layout, source, dtype, ranks, overwrite, permissions, quantized) as writer:
-        prints = stream_product(
-            trajectory.checkpoints,
-            weights,
-            writer,
-            accumulate=accumulate,
-            memory=memory,
-            allow_nonfinite=allow_nonfinite,
-            progress=progress,
-            ranks=ranks,
-            names=layout.share(ranks.rank, ranks.size),
-        )
-        records = [
-            {**_record(summary, trajectory, prints, accumulate, dtype), **(remarks or {})} for summary in summaries
-        ]
+        share = layout.share(ranks.rank, ranks.size)
+        common: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "progress": progress, "ranks": ranks}
+        if recursive:
+            given = [summary.rule for summary in summaries if summary.rule is not None]
+            prints = stream_recursion(trajectory.checkpoints, trajectory.steps, given, writer, names=share, **common)
+        else:
+            prints = stream_product(
+                trajectory.checkpoints, weights, writer, accumulate=accumulate, memory=memory, names=share, **common
+            )
+        how = "recursion" if recursive else accumulate
+        records = [{**_record(summary, trajectory, prints, how, dtype), **(remarks or {})} for summary in summaries]
         writer.write_texts(RECORD, [json.dumps(record, indent=2, ensure_ascii=False) + "\n" for record in records])
     if ranks.rank == 0:
         _warn_of_copies(trajectory, prints)

@@ -25,7 +25,7 @@ from lagless.checkpoints import (
     CheckpointError,
     byte_view,
     combine_digests,
-    is_running_statistic,
+    is_averaged,
     spare_descriptors,
 )
 from lagless.execution import Ranks
@@ -262,7 +262,7 @@ def check_weights(weights: ArrayLike, columns: int) -> NDArray[np.float64]:
 
 def _sum_type(name: str, stored: list[torch.dtype], accumulate: Accumulate) -> torch.dtype | None:
     """The type to sum in; None for integers, booleans and running statistics, which are copied."""
-    if not stored[-1].is_floating_point or is_running_statistic(name):
+    if not is_averaged(name, stored[-1]):
         return None
     return torch.float64 if torch.float64 in stored else getattr(torch, accumulate)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Mapping
 
-from lagless.execution import RowUpdate, in_place_order, update_rows
+from lagless.execution._rows import RowUpdate, in_place_order, update_rows
 from lagless.rules import Rule, Tick, read_after
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
@@ -17,6 +17,8 @@ class RuleSet:
     Args:
         rules: name → rule.
         step: of the first weights that are seen.
+        every_step: whether all later steps will be seen. Of stored checkpoints only some are, so that buffers must
+            follow each of those in burn-in.
 
     Attributes:
         keys: what each distinct buffer holds.
@@ -27,11 +29,11 @@ class RuleSet:
         ValueError: if a name is not usable.
     """
 
-    def __init__(self, rules: Mapping[str, Rule], step: int) -> None:
+    def __init__(self, rules: Mapping[str, Rule], step: int, every_step: bool = True) -> None:
         for name in rules:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{name!r} cannot name an average; use letters, digits, '.', '_' and '-'.")
-        self.rules = rules
+        self.rules, self._every_step = rules, every_step
         self.keys: list[Hashable] = list(dict.fromkeys(key for rule in rules.values() for key in rule.buffer_keys))
         self.index = {name: [self.keys.index(key) for key in rule.buffer_keys] for name, rule in rules.items()}
         self.last: dict[str, Tick] = {name: rule.schedule.begin(step) for name, rule in rules.items()}
@@ -55,9 +57,10 @@ class RuleSet:
         for name, rule in self.rules.items():
             event = rule.schedule.advance(self.last[name], step)
             last[name] = event.last
-            if rule.schedule.changes(step):
-                copies = [RowUpdate(i, 0.0, (), 1.0) for i in self.index[name]]
-                _merge(rows, update_rows(rule.update(event.last), self.index[name]) if event.updates else copies, name)
+            if event.updates:
+                _merge(rows, update_rows(rule.update(event.last), self.index[name]), name)
+            elif rule.schedule.changes(step) or (event.follows and not self._every_step):
+                _merge(rows, [RowUpdate(i, 0.0, (), 1.0) for i in self.index[name]], name)
         return in_place_order(rows.values()), last
 
     def coefficients(self, name: str, step: int) -> tuple[list[tuple[int, float]], float]:
