@@ -24,7 +24,7 @@ from lagless.checkpoints._readers import (
     Reader as Reader,
     byte_view as byte_view,
 )
-from lagless.checkpoints._run_folder import FoundRun as FoundRun, scan_run as scan_run
+from lagless.checkpoints._run_folder import FoundRun as FoundRun, look_into as look_into, scan_run as scan_run
 from lagless.checkpoints._safetensors_format import (
     NAMES as NAMES,
     TensorInfo as TensorInfo,

@@ -50,6 +50,24 @@ def scan_run(run: Path) -> FoundRun:
     Raises:
         CheckpointError: if there are none, or several kinds, or two of one step.
     """
+    if (own := look_into(run)) is not None:
+        return own
+    found = sorted(entry.name for entry in run.iterdir())
+    listing = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+    hint = (
+        " This looks like one checkpoint: give the folder above it."
+        if holds_weights(run)
+        else " Give the checkpoints as a list."
+    )
+    raise CheckpointError(f"{run}: no checkpoints found. Looked for {_LOOKED_FOR}; found {listing or 'nothing'}.{hint}")
+
+
+def look_into(run: Path) -> FoundRun | None:
+    """Return the checkpoints in a run folder, as :func:`scan_run`; None if there are none, as in one that has begun.
+
+    Raises:
+        CheckpointError: if there is no such folder, or there are several kinds, or two of one step.
+    """
     if not run.is_dir():
         raise CheckpointError(
             f"{run}: {'is a file, not a run folder' if run.exists() else 'no such folder'}. Give the folder that "
@@ -64,16 +82,7 @@ def scan_run(run: Path) -> FoundRun:
             f"{run}: several folders in it hold checkpoints ({', '.join(str(f.folder) for f in below)}). Give the one "
             "that is meant."
         )
-    if below:
-        return below[0]
-    found = sorted(entry.name for entry in run.iterdir())
-    listing = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
-    hint = (
-        " This looks like one checkpoint: give the folder above it."
-        if holds_weights(run)
-        else " Give the checkpoints as a list."
-    )
-    raise CheckpointError(f"{run}: no checkpoints found. Looked for {_LOOKED_FOR}; found {listing or 'nothing'}.{hint}")
+    return below[0] if below else None
 
 
 def _scan(run: Path) -> FoundRun | None:

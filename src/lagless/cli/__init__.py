@@ -21,6 +21,7 @@ from lagless.cli._report import report
 from lagless.cli._theory import app as theory
 from lagless.cli._train import recipes, sweep, train
 from lagless.cli._tune import tune_command
+from lagless.cli._watch import watch_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,6 +41,7 @@ app.command("sweep")(sweep)
 app.command("evaluate")(evaluate)
 app.command("tune")(tune_command)
 app.command("learn")(learn_command)
+app.command("watch")(watch_command)
 app.add_typer(theory, name="theory")
 
 

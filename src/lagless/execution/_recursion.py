@@ -46,7 +46,7 @@ def move_block(rows: Sequence[RowUpdate], buffers: Sequence[Tensor], live: Tenso
         The elements, counted from the block's first, at which the weights or an average are not finite and not an
         infinity that stays; None if there are none.
     """
-    finite = math.isfinite(float(live.sum(dtype=torch.float64)))
+    finite = math.isfinite(float(live.sum()))
     bad: Tensor | None = None
     for row in rows:
         target = buffers[row.buffer]
@@ -55,7 +55,7 @@ def move_block(rows: Sequence[RowUpdate], buffers: Sequence[Tensor], live: Tenso
         apply_row([[buffer] for buffer in buffers], row, [live], _NOISE)
         if same is not None:
             torch.where(same, live.to(target.dtype), target, out=target)
-        if not math.isfinite(float(target.sum(dtype=torch.float64))):
+        if not math.isfinite(float(target.sum())):
             found = ~torch.isfinite(target) & ~(
                 same if same is not None else torch.zeros_like(target, dtype=torch.bool)
             )
@@ -67,7 +67,7 @@ def move_block(rows: Sequence[RowUpdate], buffers: Sequence[Tensor], live: Tenso
 
 def first_nan(live: Tensor) -> int | None:
     """Return the place of the first NaN in a block of the first weights; an infinity may be one that stays."""
-    if math.isfinite(float(live.sum(dtype=torch.float64))):
+    if math.isfinite(float(live.sum())):
         return None
     found = torch.isnan(live).nonzero()
     return int(found[0]) if len(found) else None

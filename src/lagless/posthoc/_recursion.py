@@ -1,4 +1,4 @@
-"""Averages formed by the recursion of their rule, checkpoint after checkpoint, as a run that is still going on needs it.
+"""Averages formed by the recursion of their rule, checkpoint after checkpoint, as a run that goes on needs it.
 
 The weighted sum Σ_i w_i θ_i needs the weights, which are known only once the last checkpoint is there: an average that
 is kept while checkpoints come and go cannot be that sum, bit for bit. It can be the recursion

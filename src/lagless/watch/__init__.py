@@ -1,0 +1,5 @@
+"""Follow a run that is being written: averages, their losses, and the best model so far."""
+
+from lagless.watch._follow import Until as Until, follow as follow
+from lagless.watch._wait import Waiter as Waiter
+from lagless.watch._watch import Settings as Settings, Watch as Watch

@@ -1,0 +1,199 @@
+"""Averaged models, ready to load: the best few of those that were written, and a link that always leads to one."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lagless._version import __version__
+from lagless.checkpoints import (
+    RECORD,
+    Checkpoint,
+    ModelWriter,
+    Permissions,
+    atomic_file,
+    permissions_of,
+    plan_layout,
+    sidecar_files,
+)
+from lagless.rules import anchor, effective_iterates, mean_age, rule_to_dict, schedule_of
+from lagless.watch._snapshot import Snapshot
+
+_LIST = "models.json"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is kept.
+
+    Attributes:
+        name: of the rule.
+        step: as of which it was formed.
+        loss: that it was measured to have; None where nothing is measured.
+        folder: its name.
+        stale: whether it is of a branch that the run has left.
+    """
+
+    name: str
+    step: int
+    loss: float | None
+    folder: str
+    stale: bool = False
+
+
+class Models:
+    """The models in an output folder.
+
+    Args:
+        out: the output folder.
+        keep: how many to keep.
+        dtype: of the weights written, as in :func:`lagless.posthoc.average_checkpoints`.
+        max_shard_size: largest weight file.
+    """
+
+    def __init__(self, out: Path, keep: int = 1, dtype: str = "auto", max_shard_size: int | str = "5GB") -> None:
+        self._out, self._keep, self._dtype, self._max_shard_size = out, keep, dtype, max_shard_size
+        self.folder = out / "models"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.kept = list(self._read())
+        self._tidy()
+
+    @property
+    def best(self) -> Path:
+        """The link, or copy, that is the best model so far."""
+        return self._out / "best"
+
+    def write(self, snapshot: Snapshot, name: str, out: Path) -> None:
+        """Write an average as a model folder that ``from_pretrained`` loads.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        record = snapshot.record
+        written = {
+            tensor: replace(info, dtype=(record.written or {}).get(tensor, info.dtype))
+            for tensor, info in snapshot.tensors.items()
+        }
+        layout = plan_layout(written, self._dtype, self._max_shard_size, record.is_adapter, record.stem)
+        companions = self._out / "state" / "companions"
+        options = {"permissions": Permissions(*record.permissions), "dequantized": record.dequantized}
+        with ModelWriter(out, [""], layout, companions, self._dtype, **options) as writer:
+            for tensor, start, block in snapshot.blocks(name):
+                writer(tensor, start, block.unsqueeze(0))
+            text = json.dumps(provenance(snapshot, name, self._dtype), indent=2, ensure_ascii=False)
+            writer.write_texts(RECORD, [text + "\n"])
+
+    def consider(self, snapshot: Snapshot, name: str, loss: float | None) -> bool:
+        """Keep an average if it is among the best; without a loss, the newest counts as best.
+
+        Returns:
+            Whether it is the best of all now.
+        """
+        model = Model(name, snapshot.step, loss, f"{name}-{snapshot.step}")
+        ranked = sorted([m for m in self.kept if m.folder != model.folder] + [model], key=_rank)[: self._keep]
+        if model not in ranked:
+            return False
+        self.write(snapshot, name, self.folder / model.folder)
+        self._replace(ranked)
+        return ranked[0] == model
+
+    def forget_from(self, step: int) -> None:
+        """Rank models of a branch that the run has left behind all others; they stay until there are others."""
+        kept = [replace(model, stale=model.stale or model.step >= step) for model in self.kept]
+        if kept != self.kept:
+            self._replace(sorted(kept, key=_rank))
+
+    def nbytes(self) -> int:
+        """Bytes on the disk."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    def _replace(self, ranked: list[Model]) -> None:
+        with atomic_file(self._out / "state" / _LIST) as partial:
+            partial.write_text(json.dumps([asdict(model) for model in ranked], indent=1) + "\n", encoding="utf-8")
+        self.kept = ranked
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Let the link lead to the best model, then remove what is not kept."""
+        if self.kept:
+            _link(self.best, Path("models") / self.kept[0].folder)
+        names = {model.folder for model in self.kept}
+        for path in self.folder.iterdir():
+            if path.name not in names:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+
+    def _read(self) -> Iterator[Model]:
+        with suppress(FileNotFoundError):
+            for entry in json.loads((self._out / "state" / _LIST).read_text(encoding="utf-8")):
+                if (self.folder / entry["folder"]).is_dir():
+                    yield Model(**entry)
+
+
+def keep_companions(checkpoint: Checkpoint, out: Path) -> None:
+    """Copy what lies beside the weights, so that averages load when rotation has removed the checkpoint."""
+    target, source = out / "state" / "companions", checkpoint.companions
+    folder = source if source.is_dir() else source.parent
+    wanted = {file.relative_to(folder): file for file in sidecar_files(source)}
+    for name, file in wanted.items():
+        copy = target / name
+        if not copy.is_file() or copy.read_bytes() != file.read_bytes():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(copy) as partial:
+                shutil.copyfile(file, partial)
+                permissions = permissions_of([checkpoint])
+                partial.chmod(file.stat().st_mode & (permissions.files | 0o700) & 0o777)
+    target.mkdir(parents=True, exist_ok=True)
+
+
+def provenance(snapshot: Snapshot, name: str, dtype: str) -> dict[str, Any]:
+    """What ``lagless.json`` says of an average, as that of ``lagless average`` does."""
+    rule, steps = snapshot.record.rules[name], snapshot.steps
+    weights, history = snapshot.weights(name), snapshot.record.history[: len(snapshot.steps)]
+    begin = anchor(rule, steps)
+    return {
+        "lagless": __version__,
+        "name": name,
+        "rule": rule_to_dict(rule),
+        "start": {
+            "name": history[0].name,
+            "step": steps[0],
+            "chosen": "given" if snapshot.record.start_given else "earliest checkpoint",
+        },
+        "step": steps[-1],
+        "mean_age": mean_age(weights, steps),
+        "effective_iterates": effective_iterates(weights),
+        "equivalent_schedule": schedule_of(weights).tolist(),
+        "anchor": {"name": history[steps.index(begin.step)].name, "step": begin.step, "weight": begin.weight},
+        "sources": [
+            {
+                "name": absorbed.name,
+                "step": absorbed.step,
+                "weight": weight,
+                "files": [Path(row[0]).name for row in absorbed.stamp],
+                "fingerprint": absorbed.fingerprint,
+            }
+            for absorbed, weight in zip(history, weights.tolist(), strict=True)
+        ],
+        "accumulate": "recursion",
+        "dtype": dtype,
+    }
+
+
+def _rank(model: Model) -> tuple[bool, bool, float, int]:
+    return model.stale, model.loss is None, model.loss if model.loss is not None else 0.0, -model.step
+
+
+def _link(link: Path, target: Path) -> None:
+    """Let a link lead to ``target`` in one step."""
+    if link.is_symlink() and Path(os.readlink(link)) == target:
+        return
+    temporary = link.with_name(f".{link.name}-{secrets.token_hex(4)}")
+    temporary.symlink_to(target, target_is_directory=True)
+    os.replace(temporary, link)
