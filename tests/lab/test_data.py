@@ -112,10 +112,25 @@ def test_split_by_row_and_by_group(tmp_path):
     assert held_out["set"] and not set(train["set"]) & set(held_out["set"])
     with pytest.raises(ValueError, match=r"data.group_column: .* no column author; it has instruction"):
         split_rows(sft(path, group_column="author"))
-    with pytest.raises(ValueError, match="of 40 rows .* 0 are held out"):
-        split_rows(sft(path, validation_fraction=1e-9))
-    with pytest.raises(ValueError, match="0 are left to train on"):
-        split_rows(sft(path, validation_fraction=1 - 1e-9))
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+@pytest.mark.parametrize("groups", [None, "set"])
+def test_neither_part_is_empty(fraction, groups, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(lines(ROWS))
+    sizes = [len(part) for part in split_rows(sft(path, validation_fraction=fraction, group_column=groups))]
+    assert sorted(sizes) == ([4, 36] if groups else [1, 39]) and (sizes[1] < sizes[0]) == (fraction < 0.5)
+
+
+def test_one_example_cannot_be_split(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(lines(ROWS[:1]))
+    with pytest.raises(ValueError, match=r"of 1 rows in .*rows.jsonl, .* data.validation_path"):
+        split_rows(sft(path))
+    path.write_bytes(lines(ROWS[:4]))
+    with pytest.raises(ValueError, match=r"of 4 rows .* which are 1 groups of data.group_column='set'"):
+        split_rows(sft(path, group_column="set"))
 
 
 def test_split_of_a_stream_is_that_of_the_rows(monkeypatch):
@@ -224,6 +239,18 @@ def test_text_is_split_by_document(tmp_path):
     source = PretrainingData(kind="pretraining", path=str(path), sequence_length=8, validation_fraction=0.3)
     train, held_out = split_rows(source)
     assert sorted([*train["text"], *held_out["text"]], key=int) == [str(i) for i in range(50)]
-    path.write_text("one document")
-    with pytest.raises(ValueError, match=r"cut a text into more documents with data\.separator"):
-        split_rows(source)
+
+
+@pytest.mark.parametrize("documents", [1, 3])
+@pytest.mark.parametrize("fraction", [0.05, 0.3])
+def test_long_documents_are_cut_by_position(documents, fraction, tmp_path):
+    """A book is one row: its end is held out, in whole words."""
+    path = tmp_path / "book.txt"
+    books = [" ".join(f"{book}w{i}" for i in range(1000)) for book in range(documents)]
+    path.write_text("<|endoftext|>".join(books))
+    source = PretrainingData(
+        kind="pretraining", path=str(path), sequence_length=8, validation_fraction=fraction, split_seed=0
+    )
+    train, held_out = split_rows(source, streaming=True)
+    assert [head + tail for head, tail in zip(train["text"], held_out["text"], strict=True)] == books
+    assert len(held_out["text"][0].split()) == pytest.approx(1000 * fraction, rel=0.05)  # words have two lengths

@@ -1,6 +1,7 @@
 """Sweeps: every cell once, whatever is killed in between."""
 
 import random
+import re
 import time
 
 import pytest
@@ -121,6 +122,44 @@ def test_command(overrides, tmp_path):
     listed = CliRunner().invoke(app, [*arguments(overrides, tmp_path / "out"), "--list"], env={"COLUMNS": "200"})
     assert listed.exit_code == 0 and not (tmp_path / "out").exists()
     assert "0/2" in listed.stdout and "1e-2" in listed.stdout
+
+
+def checked(overrides, out, **changes):
+    command = [*arguments({**overrides, **changes}, out), "--list"]
+    return CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training.batch_size": 3}, "training.batch_size=3 is no multiple of training.micro_batch_size=2"),
+        ({"data.path": "./none.txt"}, "data.path: ./none.txt does not exist"),
+        ({"data.validation_path": "none.jsonl.gz"}, "data.validation_path: none.jsonl.gz does not exist"),
+        ({"model.tokenizer": "/no/such/folder"}, "model.tokenizer: /no/such/folder does not exist"),
+        ({"method.averages": {"late": {"rule": "EMA", "update_freq": 3}}}, "method.averages.late: EMA: .* no update"),
+    ],
+)
+def test_list_checks_the_runs(overrides, tmp_path, changes, message):
+    """Each of these is refused by training, too, if only later."""
+    found = checked(overrides, tmp_path / "out", **changes)
+    assert found.exit_code == 1 and "0/2" in found.stdout and not (tmp_path / "out").exists()
+    assert re.search(f"4 of 4 runs could not begin:(.|\n)*{message}", str(found.exception))
+
+
+def test_list_checks_the_folders(overrides, tmp_path):
+    out = tmp_path / "out"
+    cell, *_ = sweep_cells(NAME, out, overrides, GRID, seeds=[0, 1])
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "notes.txt").touch()
+    found = checked(overrides, out)
+    assert "1 of 4 runs could not begin" in str(found.exception) and "holds no run" in str(found.exception)
+
+
+def test_the_same_run_twice_is_refused(overrides, tmp_path):
+    with pytest.raises(ValueError, match="are the same run. Give every value"):
+        sweep_cells(NAME, tmp_path, overrides, {"training.learning_rate": ["1e-3", "0.001"]}, seeds=[0])
+    with pytest.raises(ValueError, match="are the same run"):
+        sweep_cells(NAME, tmp_path, overrides, seeds=[3, 3])
 
 
 def test_bad_sweeps(overrides, tmp_path):

@@ -109,7 +109,9 @@ def sweep(
     storage: Annotated[
         str | None, typer.Option(help="Optuna's database, shared by all processes. Default: sqlite in OUT.")
     ] = None,
-    list_only: Annotated[bool, typer.Option("--list", help="Check and list the runs; train nothing.")] = False,
+    list_only: Annotated[
+        bool, typer.Option("--list", help="List the runs and check that each could begin; train nothing.")
+    ] = False,
 ) -> None:
     """Train every combination of values and seeds. Called again it does what is missing; several processes share it."""
     _require("sweep")
@@ -119,10 +121,16 @@ def sweep(
 
     overrides = dict(parse_override(change) for change in changes)
     cells = engine.sweep_cells(recipe, output, overrides, engine.parse_grid(grid) or None, _integers(seeds))
-    failed = {}
-    if not list_only:
-        output.mkdir(parents=True, exist_ok=True)
-        failed = engine.sweep(cells, storage or f"sqlite:///{output / 'sweep.db'}", notify=_say)
+    if list_only:
+        out.print(_table(cells))
+        if refused := engine.check_cells(cells):
+            raise ValueError(
+                f"{len(refused)} of {len(cells)} runs could not begin:\n"
+                + "\n".join(f"  {folder.name}: {error}" for folder, error in refused.items())
+            )
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    failed = engine.sweep(cells, storage or f"sqlite:///{output / 'sweep.db'}", notify=_say)
     out.print(_table(cells))
     if failed:
         raise ValueError(

@@ -1,8 +1,9 @@
-"""Which rows are held out: decided row by row, so that it needs neither their number nor their order of arrival."""
+"""Which rows are held out: decided by hashes of rows, so that a stream of unknown length is split like a file."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from datasets import Dataset, IterableDataset
@@ -19,14 +20,16 @@ def split_rows(source: Source, *, streaming: bool = False) -> tuple[TensorTable,
     """Training rows and held-out rows.
 
     Where the source names no held-out examples, each row, or each group of rows that agree in ``group_column``, is held
-    out with probability ``validation_fraction``, by a hash of its number or group and ``split_seed``.
+    out with probability ``validation_fraction``, by a hash of its number or group and ``split_seed``. Where that leaves
+    one part of a file empty, the row (or group) nearest to the threshold goes there; of a text without groups, the last
+    ``validation_fraction`` of every document is held out instead, so that a single book can be trained on.
 
     Args:
         source: the data section of a recipe.
         streaming: of a data set of the hub, read only what is used.
 
     Raises:
-        ValueError: if the data cannot be read, or one of the parts is empty.
+        ValueError: if the data cannot be read, or there is one row (or group) and no way to cut it.
     """
     separator = getattr(source, "separator", SEPARATOR)
     rows = read_rows(source.path, config=source.config, split=source.split, separator=separator, streaming=streaming)
@@ -38,18 +41,46 @@ def split_rows(source: Source, *, streaming: bool = False) -> tuple[TensorTable,
     require_columns(rows, [group] if group else [], source.path, "data.group_column")
 
     def held_out(row: dict[str, object], index: int) -> bool:
-        key = row[group] if group else index
-        return _fraction(f"{source.split_seed} {key}") < source.validation_fraction
+        return _fraction(f"{source.split_seed} {row[group] if group else index}") < source.validation_fraction
 
+    if isinstance(rows, Dataset):
+        return _split_file(source, rows, rows[group] if group else range(len(rows)))
     train = rows.filter(lambda row, index: not held_out(row, index), with_indices=True)
-    validation = rows.filter(held_out, with_indices=True)
-    if isinstance(train, Dataset) and isinstance(validation, Dataset) and not (len(train) and len(validation)):
-        raise ValueError(
-            f"data: of {len(train) + len(validation)} rows in {source.path}, {len(validation)} are held out and "
-            f"{len(train)} are left to train on. Change data.validation_fraction={source.validation_fraction}, give "
-            "held-out examples with data.validation_path, or cut a text into more documents with data.separator."
-        )
-    return train, validation
+    return train, rows.filter(held_out, with_indices=True)
+
+
+def _split_file(source: Source, rows: Dataset, keys: Sequence[object]) -> tuple[Dataset, Dataset]:
+    """Split rows whose number is known, so that neither part is empty."""
+    places = {key: _fraction(f"{source.split_seed} {key}") for key in keys}
+    held_out = {key for key, place in places.items() if place < source.validation_fraction}
+    if not 0 < len(held_out) < len(places):
+        column = getattr(source, "text_column", None)
+        if column in rows.column_names and source.group_column is None and len(rows):
+            return _cut_documents(rows, column, source.validation_fraction)
+        if len(places) < 2:
+            what = f"{len(rows)} rows in {source.path}"
+            if source.group_column is not None:
+                what += f", which are {len(places)} groups of data.group_column={source.group_column!r}"
+            raise ValueError(
+                f"data: of {what}, some are to be held out and some to be trained on. Give more examples, or held-out "
+                "ones with data.validation_path."
+            )
+        held_out = held_out or {min(places, key=places.__getitem__)}
+        if len(held_out) == len(places):
+            held_out.remove(max(places, key=places.__getitem__))
+    held = [index for index, key in enumerate(keys) if key in held_out]
+    return rows.select([index for index, key in enumerate(keys) if key not in held_out]), rows.select(held)
+
+
+def _cut_documents(rows: Dataset, column: str, fraction: float) -> tuple[Dataset, Dataset]:
+    """Return all but the last ``fraction`` of every document, and the rest; words stay whole."""
+    heads, tails = [], []
+    for text in rows[column]:
+        cut = round(len(text) * (1.0 - fraction))
+        space = next((i for i in range(cut, len(text)) if text[i].isspace()), cut)
+        heads.append(text[:space])
+        tails.append(text[space:])
+    return Dataset.from_dict({column: heads}), Dataset.from_dict({column: tails})
 
 
 def require_columns(rows: TensorTable, columns: list[str], path: str, field: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lagless.lab.recipes import Recipe, load_recipe, parse_value
-from lagless.lab.training import read_result
+from lagless.lab.training import check_run, read_result
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def sweep_cells(
         seeds: None for those of the recipe's sweep section.
 
     Raises:
-        ValueError: if a combination is no valid recipe, or there is nothing to compare.
+        ValueError: if a combination is no valid recipe, two are the same run, or there is nothing to compare.
     """
     base = overrides or {}
     # A recipe may leave fields open that the grid fills in.
@@ -82,7 +82,30 @@ def sweep_cells(
         values = dict(zip(grid, chosen, strict=True))
         recipe = load_recipe(name, {**base, **{field: parse_value(text) for field, text in values.items()}})
         cells.append(Cell(values, seed, out / _folder_name(values, seed), recipe.resolved(seed)))
+    _refuse_repetitions(name, cells)
     return cells
+
+
+def check_cells(cells: Iterable[Cell]) -> dict[Path, ValueError]:
+    """Return by folder what keeps a run from beginning, as :func:`lagless.lab.training.check_run` finds it."""
+    found = {}
+    for cell in cells:
+        try:
+            check_run(cell.recipe, cell.folder)
+        except ValueError as error:
+            found[cell.folder] = error
+    return found
+
+
+def _refuse_repetitions(name: str | Path, cells: Iterable[Cell]) -> None:
+    seen: dict[tuple[str, int], Cell] = {}
+    for cell in cells:
+        first = seen.setdefault((cell.recipe.digest(), cell.seed), cell)
+        if first is not cell:
+            raise ValueError(
+                f"sweep of {name}: {first.folder.name} and {cell.folder.name} are the same run. Give every value and "
+                "every seed once."
+            )
 
 
 def parse_grid(texts: Iterable[str]) -> dict[str, list[Any]]:
