@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
+LARGEST = (2.0 - 2.0**-23) * 2.0**127
+"""The largest number of float32."""
 _LONGEST = 200
 
 
@@ -33,7 +35,10 @@ def require_number(
     finite: bool = False,
     optional: bool = False,
 ) -> float | None:
-    """Return ``value`` as a float, required to be a real number within the bounds; None passes if ``optional``."""
+    """Return ``value`` as a float, required to be a real number within the bounds; None passes if ``optional``.
+
+    A number is ``finite`` if it is so in float32: weights cannot take in any other.
+    """
     if value is None and optional:
         return None
     number = _float(value)
@@ -42,7 +47,7 @@ def require_number(
         and (above == -math.inf or number > above)
         and (below == math.inf or number < below)
     )
-    if not good or (finite and not math.isfinite(number)):
+    if not good or (finite and not abs(number) <= LARGEST):
         bounds = [f">= {minimum:g}" if minimum > -math.inf else "", f"> {above:g}" if above > -math.inf else ""]
         bounds += [f"<= {maximum:g}" if maximum < math.inf else "", f"< {below:g}" if below < math.inf else ""]
         kind = "a finite number" if finite else "a number"
@@ -59,7 +64,10 @@ def require_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 def require_decays(name: str, value: object) -> None:
     """Require two decays in [0, 1), as β₁ and β₂ are."""
-    pair = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
+    try:
+        pair = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
+    except TypeError:  # a tensor of no dimension
+        pair = ()
     if len(pair) != 2 or not all(0.0 <= _float(beta) < 1.0 for beta in pair):
         _refuse(name, value, "two numbers in [0, 1)")
 

@@ -182,17 +182,24 @@ def test_a_state_is_not_changed_by_what_follows(make):
     make(tied_model().parameters()).load_state_dict(during)
 
 
-def test_settings_that_a_state_lacks_are_the_defaults():
+def test_settings_that_a_state_lacks_stay_as_they_are_here():
     model = tied_model()
     optimizer = PACE(model.parameters())
     train(model, optimizer, 1)
-    for name in set(optimizer.defaults) - {"average"}:
+    others = {"gate_pullback": True, "average_dtype": torch.bfloat16, "compile": True, "clamp": False}
+    for name in others:
         state = copy.deepcopy(optimizer.state_dict())
         del state["param_groups"][0][name]
-        other = PACE(model.parameters())
+        other = PACE(model.parameters(), **others)
         other.load_state_dict(state)
-        assert other.param_groups[0][name] == optimizer.defaults[name]
+        assert other.param_groups[0][name] == others[name]
+        assert other.param_groups[0]["maximize"] is False
         train(model, other, 1)
+    for name in PACE.lasting:
+        state = copy.deepcopy(optimizer.state_dict())
+        del state["param_groups"][0][name]
+        with pytest.raises(ValueError, match=f"'{name}'"):
+            optimizer.load_state_dict(state)
 
 
 def test_a_load_hook_may_make_the_state_of_another_optimizer_fit():
@@ -331,7 +338,7 @@ def test_foreign_and_incomplete_states_are_refused():
         PACE(model.parameters()).load_state_dict(state)
     state = copy.deepcopy(optimizer.eval().state_dict())
     del state["state"][1]["live"]
-    with pytest.raises(ValueError, match="parameter 1 lacks live; .*Call train"):
+    with pytest.raises(ValueError, match="parameter 1 lacks live, .*Call train"):
         PACE(model.parameters()).load_state_dict(state)
 
 

@@ -22,8 +22,15 @@ from lagless.execution import (
     writing_weights,
 )
 from lagless.optim._average_step import coefficients
-from lagless.optim._loaded_state import counter_dtype, require_fitting, require_known_format, with_format
-from lagless.rules import ReadCoefficients, Rule, count_updates, rule_from_dict, rule_to_dict
+from lagless.optim._averaged_loading import prepared_state, take_entries
+from lagless.optim._loaded_state import (
+    Entry,
+    counter,
+    load_checked,
+    wide_dtype,
+    with_format,
+)
+from lagless.rules import ReadCoefficients, Rule, count_updates, rule_to_dict
 
 Self = TypeVar("Self", bound="AveragedOptimizer")
 
@@ -38,6 +45,8 @@ class AveragedOptimizer(Optimizer):
     step_key = "step"
     moments: ClassVar[tuple[str, ...]] = ()
     """Entries of a parameter's state, besides averages, that have the parameter's shape."""
+    lasting: ClassVar[tuple[str, ...]] = ("lr", "average")
+    """Settings that the states of all versions have."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
@@ -229,76 +238,55 @@ class AveragedOptimizer(Optimizer):
         parameters that hold the average get their live weights back, and weights that were loaded meanwhile stay. Save
         model and optimizer without switching in between: what a model file holds cannot be told from a state.
 
+        Settings that a group of an earlier version lacks stay as they are here.
+
         Raises:
-            ValueError: if the state is another optimizer's, lacks what the average needs, or has tensors of other
-                shapes than the parameters. Nothing is changed then.
+            ValueError: if the state is another optimizer's, lacks what the average needs, has settings that are out of
+                range, or tensors of other shapes than the parameters. Nothing is changed then.
             RuntimeError: while an Averager has put an average into the parameters.
         """
-        require_known_format(state_dict)
         self._refuse_while_others_show("load a state")
-        given: dict[str, Any] = {}
-
-        def check(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-            given.update(state, param_groups=self._checked_groups(state))
-            return given
-
         waiting = list(self._live_weights())
-        last = self.register_load_state_dict_pre_hook(check)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            last.remove()
-        # torch casts floating-point state to the parameters' dtype; averages and moments have their own.
-        indices = [i for group in given["param_groups"] for i in group["params"]]
-        for index, parameter in zip(indices, self._parameters(), strict=True):
-            held = self.state[parameter] if parameter in self.state else {}
-            for name, value in given["state"].get(index, {}).items():
-                if not isinstance(value, Tensor) or name == LIVE:
-                    continue
-                if name == "step":  # torch leaves its type alone, and one of 8 bits stops counting at 256
-                    held[name] = held[name].to(counter_dtype(value))
-                elif held[name].dtype != value.dtype:
-                    held[name] = value.to(held[name].device)
+        given = load_checked(
+            self, super().load_state_dict, state_dict, lambda state: prepared_state(self, state), self._wrapped()
+        )
+        take_entries(self, given)
         if not self._evaluating:
             with writing_weights():
                 for parameter, live in waiting:
                     _put(parameter, live)
 
-    def _checked_groups(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-        """The groups of a state with all settings, and rules for their description."""
-        groups = []
-        own = self._parameters()
-        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        shapes = {i: p.shape for i, p in zip(indices, own)} if len(indices) == len(own) else {}  # noqa: B905 (equal)
-        for given in state_dict["param_groups"]:
-            if "average" not in given:
-                raise ValueError(
-                    f"this is not the state of a {type(self).__name__}: its groups have no 'average'. "
-                    "To go on from another optimizer, start with a new state."
-                )
-            rule = given["average"] if isinstance(given["average"], Rule) else rule_from_dict(given["average"])
-            groups.append({**self.defaults, **given, "average": rule})
-            for index in given["params"]:
-                state = state_dict["state"].get(index)
-                if state is None:
-                    continue
-                if index in shapes:  # torch refuses another number of parameters
-                    keys = (*self.moments, *average_keys(rule), LIVE)
-                    require_fitting(index, state, dict.fromkeys(keys, shapes[index]), self.step_key)
-                needed = {self.step_key, *self._average_entries(rule, state)}
-                if groups[-1]["evaluating"] and coefficients(rule, int(state.get(self.step_key, 0))) is not None:
-                    needed.add(LIVE)
-                missing = sorted(needed - state.keys())
-                if missing and not needed.isdisjoint(state):  # a wrapped optimizer may have state before any step
-                    raise ValueError(
-                        f"the state of parameter {index} lacks {', '.join(missing)}; it was saved incompletely. Call "
-                        "train() before saving with a tool that keeps only known entries."
-                    )
-        return groups
+    def _check(self, group: dict[str, Any]) -> None:
+        """Require the settings of a group to be in range."""
 
-    def _average_entries(self, rule: Rule, state: dict[str, Any]) -> list[str]:
-        """Return the entries of a parameter's state that hold the buffers of ``rule``."""
-        return average_keys(rule)
+    def _check_loaded(self, group: dict[str, Any]) -> None:
+        """Require the settings of a group of a state to be in range; its ``params`` are this optimizer's."""
+        self._check(group)
+
+    def _wrapped(self) -> list[Optimizer]:
+        """Return the optimizers that share groups and state with this one."""
+        return []
+
+    def _entries_of(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Entry]:
+        """Return the tensors that ``state``, which is not empty, may have of ``parameter``, besides counts of steps."""
+        shape, wide, rule = parameter.shape, wide_dtype(parameter), group["average"]
+        entries = {name: Entry(shape, (wide,)) for name in self.moments}
+        for name, label in zip(average_keys(rule), rule.buffer_keys, strict=True):
+            own = buffer_dtype(label, parameter.dtype, None)
+            entries[name] = Entry(shape, (own, torch.float32, torch.float64, torch.bfloat16))
+        entries[LIVE] = Entry(shape, (parameter.dtype,), needed=False)
+        return entries
+
+    def _require_fitting(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any], name: str) -> None:
+        """Refuse the state, called ``name``, of a parameter if one of its numbers is out of range."""
+
+    def _counters(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> list[str]:
+        """Return the names of the counts of steps in ``state``, which is not empty."""
+        return [self.step_key]
+
+    def _counter(self, name: str, step: Any, parameter: Tensor, group: dict[str, Any]) -> Any:
+        """Return a loaded count as this optimizer keeps it."""
+        return counter(step, parameter.device if group.get("capturable") else torch.device("cpu"))
 
     def _live_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The parameters that hold their average, and nothing that was put there since, with their live weights."""

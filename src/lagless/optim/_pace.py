@@ -130,6 +130,7 @@ class PACE(AveragedOptimizer):
         super().__init__(params, settings)
 
     moments = ("exp_avg", "exp_avg_sq")
+    lasting = ("lr", "betas", "eps", "weight_decay", "pullback", "average")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._statistics = None
@@ -141,8 +142,20 @@ class PACE(AveragedOptimizer):
         Raises:
             ValueError: if a setting is out of range.
         """
-        _check(self, {**self.defaults, **param_group})
+        self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        check = Settings(self, group)
+        require_learning_rate(self, group["lr"])
+        check.decays("betas")
+        check.numbers("eps", above=0.0)
+        check.numbers("weight_decay", "pullback", minimum=0.0)
+        check.flags("clamp", "gate_pullback", "maximize", "compile", "capturable")
+        check_average(group["average"])
+        check_dtype(group["average_dtype"])
+        if group["capturable"]:
+            check_capturable(group["average"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -285,16 +298,3 @@ def _local_gradient(parameter: Tensor) -> Tensor:
         sharded: Any = parameter
         gradient = gradient.redistribute(sharded.device_mesh, sharded.placements)
     return local(gradient)
-
-
-def _check(owner: PACE, group: dict[str, Any]) -> None:
-    check = Settings(owner, group)
-    require_learning_rate(owner, group["lr"])
-    check.decays("betas")
-    check.numbers("eps", above=0.0)
-    check.numbers("weight_decay", "pullback", minimum=0.0)
-    check.flags("clamp", "gate_pullback", "maximize", "compile", "capturable")
-    check_average(group["average"])
-    check_dtype(group["average_dtype"])
-    if group["capturable"]:
-        check_capturable(group["average"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lagless._validation import Settings
+from lagless._validation import Settings, require_number
 from lagless.execution import (
     Noise,
     Row,
@@ -26,6 +26,7 @@ from lagless.execution import (
 from lagless.optim._average_step import AverageStep, average_step
 from lagless.optim._averaged import LIVE, average_keys, new_buffers
 from lagless.optim._executors import move_average, towards, widened
+from lagless.optim._loaded_state import Entry, wide_dtype
 from lagless.optim._primal_moves import Widened, mix
 from lagless.optim._settings import check_average
 from lagless.optim._wrapping import WrappingOptimizer, check_base
@@ -95,6 +96,7 @@ class PrimalAveraging(WrappingOptimizer):
     """
 
     moments = ("z",)
+    lasting = ("lr", "average", "interpolation")
 
     def __init__(
         self,
@@ -184,14 +186,27 @@ class PrimalAveraging(WrappingOptimizer):
                 f"PrimalAveraging cannot step sharded parameters of {parameter.dtype} in float32. Keep the parameters "
                 "in float32, and let FSDP's MixedPrecisionPolicy(param_dtype=torch.bfloat16) cast them."
             )
-        single = len(rule.buffer_keys) == 1 and rule.read(_FIRST) == ReadCoefficients((1.0,), 0.0)
-        recovers = single and not narrow and m >= _RECOVERABLE
+        recovers = _is_single(rule) and not narrow and m >= _RECOVERABLE
         if m > 0.0 or narrow:
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            state["z"] = parameter.detach().to(wide, copy=True, memory_format=torch.preserve_format)
+            state["z"] = parameter.detach().to(wide_dtype(parameter), copy=True, memory_format=torch.preserve_format)
         if not recovers:
             state.update(new_buffers(rule, parameter, None))
         return state
+
+    def _stepped_dtype(self, parameter: Tensor) -> torch.dtype:
+        return wide_dtype(parameter)
+
+    def _entries_of(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Entry]:
+        entries = super()._entries_of(parameter, group, state)
+        m, rule = state.get("interpolation", 0.0), group["average"]
+        needs_z = m != 0.0 or _is_narrow(parameter)
+        recovers = needs_z and not _is_narrow(parameter) and _is_single(rule) and m >= _RECOVERABLE
+        needed = {"z": needs_z, **dict.fromkeys(average_keys(rule), not recovers)}
+        return {n: e._replace(needed=needed[n] and e.needed) if n in needed else e for n, e in entries.items()}
+
+    def _require_fitting(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any], name: str) -> None:
+        if self._is_averaged(parameter, group, state):
+            require_number(f"{name}: 'interpolation'", state.get("interpolation"), minimum=0.0, maximum=1.0)
 
     def _average_entries(self, rule: Rule, state: dict[str, Any]) -> list[str]:
         keys = average_keys(rule)
@@ -269,8 +284,13 @@ class PrimalAveraging(WrappingOptimizer):
                 yield parameter, combine(terms)
 
 
+def _is_single(rule: Rule) -> bool:
+    """Whether x is the rule's only buffer."""
+    return len(rule.buffer_keys) == 1 and rule.read(_FIRST) == ReadCoefficients((1.0,), 0.0)
+
+
 def _is_narrow(parameter: Tensor) -> bool:
-    return torch.promote_types(parameter.dtype, torch.float32) != parameter.dtype
+    return wide_dtype(parameter) != parameter.dtype
 
 
 def _number(value: object) -> float:

@@ -86,6 +86,8 @@ class Pullback(WrappingOptimizer):
         }
         super().__init__(optimizer, settings)
 
+    lasting = ("lr", "average", "pullback")
+
     def _check(self, group: dict[str, Any]) -> None:
         check = Settings(self, group)
         check.numbers("pullback", minimum=0.0)

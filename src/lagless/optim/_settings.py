@@ -13,8 +13,8 @@ def require_learning_rate(owner: object, lr: object) -> None:
     """Require a finite number ≥ 0, or a tensor of one; a tensor on an accelerator is not read."""
     name = f"{type(owner).__name__}: lr"
     if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"{name} has shape {tuple(lr.shape)}; a learning rate is one number.")
+        if lr.numel() != 1 or lr.is_complex():
+            raise ValueError(f"{name} has shape {tuple(lr.shape)}, {lr.dtype}; a learning rate is one real number.")
         if lr.device.type != "cpu":
             return
         lr = lr.item()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lagless.optim._averaged import AveragedOptimizer
+from lagless.optim._loaded_state import Entry, counter
+from lagless.optim._wrapped_state import Kept, check_settings, kept_by
 
 
 def check_base(optimizer: Any, wrapper: str) -> None:
@@ -72,3 +76,37 @@ class WrappingOptimizer(AveragedOptimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
+
+    def _check_loaded(self, group: dict[str, Any]) -> None:
+        self._check(group)
+        check_settings(self.optimizer, group)
+
+    def _wrapped(self) -> list[Optimizer]:
+        return [self.optimizer]
+
+    def _stepped_dtype(self, parameter: Tensor) -> torch.dtype:
+        """Return the dtype of the weights that the wrapped optimizer sees."""
+        return parameter.dtype
+
+    def _kept(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Kept:
+        return kept_by(self.optimizer, group, parameter, self._stepped_dtype(parameter), state)
+
+    def _is_averaged(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> bool:
+        """Return whether ``state`` has anything of this wrapper's: the optimizer may have one before any step."""
+        return not {self.step_key, *super()._entries_of(parameter, group, state)}.isdisjoint(state)
+
+    def _entries_of(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Entry]:
+        own = super()._entries_of(parameter, group, state)
+        if not self._is_averaged(parameter, group, state):
+            own = {name: entry._replace(needed=False) for name, entry in own.items()}
+        return {**self._kept(parameter, group, state).entries, **own}
+
+    def _counters(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> list[str]:
+        own = [self.step_key] if self._is_averaged(parameter, group, state) else []
+        return [*self._kept(parameter, group, state).counters, *own]
+
+    def _counter(self, name: str, step: Any, parameter: Tensor, group: dict[str, Any]) -> Any:
+        if name == self.step_key:
+            return int(step)
+        device = self.state[parameter][name].device if isinstance(self.state[parameter][name], Tensor) else None
+        return counter(step, device or torch.device("cpu"))

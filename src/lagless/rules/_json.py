@@ -41,6 +41,8 @@ def rule_from_dict(data: Mapping[str, Any]) -> Rule:
     Raises:
         ValueError: if the rule or an argument is unknown.
     """
+    if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
+        raise ValueError(f"an averaging rule is recorded as {data!r:.100}; it must be a mapping as of rule_to_dict().")
     values = dict(data)
     name, module = values.pop("rule", None), values.pop("module", None)
     if not isinstance(name, str) or not isinstance(module, str | None):

@@ -15,9 +15,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lagless._deprecated import former_method
 from lagless.execution import without_autocast
-from lagless.optim._loaded_state import counter_dtype, require_fitting, require_known_format, with_format
+from lagless.optim._loaded_state import Entry, load_checked, with_format
 from lagless.optim.bias_corrected._exclusion import Exclusion
 from lagless.optim.bias_corrected._gradients import all_finite, check_gradients
+from lagless.optim.bias_corrected._loading import prepared_state, settle
 from lagless.optim.bias_corrected._method import Group, Method, corrects, steps_taken, tensors_of
 from lagless.optim.bias_corrected._microbatches import Microbatches
 from lagless.optim.bias_corrected._report import Correction, CorrectionRecorder
@@ -157,8 +158,7 @@ class BiasCorrected(Optimizer):
             whole = self.defaults | part
             if any(p.is_complex() for p in tensors_of(whole)):
                 raise ValueError(f"{self._method.name}: complex parameters; give torch.view_as_real of them.")
-            self._method.check(self, whole, self._microbatches.group is None)
-            super().add_param_group(whole)
+            super().add_param_group(checked_settings(self, whole))
             _follow(self.param_groups[-1], self._method, self.state, self._microbatches)
 
     def state_dict(self) -> dict[str, Any]:
@@ -168,16 +168,21 @@ class BiasCorrected(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; moments keep the precision they were saved in, whatever the parameters have.
 
+        Settings that a group of an earlier version, or of torch's AdamW, lacks stay as they are here.
+
         Raises:
-            ValueError: if a tensor has another shape or type than this optimizer works with, or the state is of a
-                later version. Nothing is changed then.
+            ValueError: if an entry is missing, a tensor has another shape or type than this optimizer works with, a
+                setting is out of range, or the state is of a later version. Nothing is changed then.
         """
-        saved, begun = state_dict["param_groups"], self._microbatches.begun
-        require_known_format(state_dict)
-        for own, given in zip(self.param_groups, saved):  # noqa: B905 (torch refuses other numbers)
-            for index, p in zip(given["params"], own["params"]):  # noqa: B905
-                shapes = self._method.shapes({**own, **given}, p)
-                require_fitting(index, state_dict["state"].get(index, {}), shapes, "step")
+        begun = self._microbatches.begun
+        given = load_checked(
+            self,
+            super().load_state_dict,
+            state_dict,
+            lambda state: prepared_state(
+                state, self.param_groups, self._method, lambda group: checked_settings(self, group)
+            ),
+        )
         if begun:
             _log.warning(
                 "%s: a state is loaded between backward() and step(); %d microbatches that p.grad still holds are "
@@ -185,16 +190,7 @@ class BiasCorrected(Optimizer):
                 self._method.name,
                 begun,
             )
-        if len(saved) == len(self.param_groups):  # a state of torch's AdamW lacks our settings
-            own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-            state_dict = state_dict | {"param_groups": [a | b for a, b in zip(own, saved, strict=True)]}
-        super().load_state_dict(state_dict)
-        numbers = [i for group in saved for i in group["params"]]
-        for i, p in zip(numbers, (p for group in self.param_groups for p in group["params"]), strict=True):
-            for key, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor):  # torch has cast it to the parameter's dtype
-                    where = ("cpu", counter_dtype(value)) if key == "step" else (p.device, value.dtype)
-                    self.state[p][key] = value.to(*where, copy=True)
+        settle(self.state, self.param_groups, self._method, given)
         self._method.loaded(self.state, self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -211,6 +207,22 @@ class BiasCorrected(Optimizer):
         self._microbatches = Microbatches(_data_parallel(None) if former is None else former.group)
         for group in self.param_groups:
             _follow(group, self._method, self.state, self._microbatches)
+
+
+def checked_settings(optimizer: BiasCorrected, group: Group) -> Group:
+    """Return the settings of a group, those that are None for "as fits the others" set.
+
+    Raises:
+        ValueError: if one is out of range.
+    """
+    checked = dict(group)
+    optimizer._method.check(optimizer, checked, optimizer._microbatches.group is None)
+    return checked
+
+
+def entries_of(optimizer: BiasCorrected, group: Group, parameter: Tensor) -> dict[str, Entry]:
+    """Return the tensors of a parameter's state, besides the count of steps, once it has one."""
+    return optimizer._method.entries(group, parameter)
 
 
 def _follow(group: Group, method: Method, states: Mapping[Tensor, dict[str, Any]], microbatches: Microbatches) -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lagless.optim._loaded_state import Entry, wide_dtype
 from lagless.optim.bias_corrected._collected import Collected
 from lagless.optim.bias_corrected._microbatches import Microbatches
 from lagless.optim.bias_corrected._report import CorrectionSums
@@ -56,9 +57,9 @@ class Method(ABC):
         """Whether a group is stepped otherwise than excluded ones."""
         return corrects(group)
 
-    def shapes(self, group: Group, parameter: Tensor) -> dict[str, Sequence[int]]:
-        """Return the shapes of entries of a parameter's state; entries may be missing before the first step."""
-        return dict.fromkeys(("exp_avg", "exp_avg_sq", "hessian", "inverse"), parameter.shape)
+    def entries(self, group: Group, parameter: Tensor) -> dict[str, Entry]:
+        """Return the tensors of a parameter's state, besides the count of steps, once it has one."""
+        return dict.fromkeys(("exp_avg", "exp_avg_sq"), Entry(parameter.shape, (wide_dtype(parameter),)))
 
     def records(self, states: States, group: Group, step: int, former: int | None, freq: int) -> bool:
         """Whether to record ``step`` (1-based) of a corrected group, where ``former`` was the latest that was."""

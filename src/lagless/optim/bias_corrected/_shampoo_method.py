@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lagless._validation import Settings
 from lagless.execution import Sharding, is_sharded
+from lagless.optim._loaded_state import Entry, wide_dtype
 from lagless.optim._settings import require_learning_rate
 from lagless.optim.bias_corrected._adam_step import PLAIN, adam_state, adam_update
 from lagless.optim.bias_corrected._collected import Collected
@@ -38,12 +39,15 @@ class ShampooMethod(Method):
         super().__init__(name)
         self._factor_sums: dict[Tensor, FactorSums] = {}
 
-    def shapes(self, group: Group, parameter: Tensor) -> dict[str, Sequence[int]]:  # noqa: D102
-        shapes = super().shapes(group, parameter)
+    def entries(self, group: Group, parameter: Tensor) -> dict[str, Entry]:  # noqa: D102
+        entries = super().entries(group, parameter)
         if is_matrix(group, parameter):
+            entries["exp_avg_sq"] = entries["exp_avg_sq"]._replace(needed=group["grafting"] == "adamw")
+            needed = {"factor": True, "root": True, "vectors": measures_lagged(group)}
             for factor in Partition(parameter.shape, group["block_size"]).factors:
-                shapes |= {factor.name(kind): (factor.size, factor.size) for kind in ("factor", "root", "vectors")}
-        return shapes
+                square = Entry((factor.size, factor.size), (wide_dtype(parameter),))
+                entries |= {factor.name(kind): square._replace(needed=needed[kind]) for kind in needed}
+        return entries
 
     @staticmethod
     def corrected(group: Group) -> bool:  # noqa: D102

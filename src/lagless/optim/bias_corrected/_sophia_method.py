@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lagless._validation import Settings
+from lagless.optim._loaded_state import Entry, wide_dtype
 from lagless.optim._settings import require_learning_rate
 from lagless.optim.bias_corrected._collected import Collected
 from lagless.optim.bias_corrected._curvature import Curvature
@@ -44,6 +45,9 @@ class SophiaMethod(Method):
         allowed = "'none' or 'split'" + (reason if group["cross_fit"] in ("symmetric", "leave_one_out") else "")
         check.that("cross_fit", group["cross_fit"] in ("none", "split"), allowed)
         check.choice("inverse_correction", ("none", "post_ema", "pre_ema"))
+
+    def entries(self, group: Group, parameter: Tensor) -> dict[str, Entry]:  # noqa: D102
+        return dict.fromkeys(("exp_avg", "hessian", "inverse"), Entry(parameter.shape, (wide_dtype(parameter),)))
 
     def needs(self, states: States, group: Group, parameter: Tensor) -> tuple[Sums | None, bool]:  # noqa: D102
         return PowerSums((Power(1, 0),), group["compile"]) if group["cross_fit"] == "split" else None, False
