@@ -10,7 +10,7 @@ pytest.importorskip("pydantic")
 from typer.testing import CliRunner  # noqa: E402
 
 import lagless.optim  # noqa: E402
-from lagless import BEMA, EMA  # noqa: E402
+from lagless import BEMA, EMA, trajectory_weights, weight_on_start  # noqa: E402
 from lagless.cli import app  # noqa: E402
 from lagless.lab.recipes import (  # noqa: E402
     describe,
@@ -116,6 +116,99 @@ def test_pace_values(name, lr, pullback, power):
     assert (recipe.method.schedule.kind, recipe.method.schedule.warmup_steps) == ("constant", 50)
     assert (recipe.data.max_length, recipe.data.loss_on, recipe.model.chat_template) == (1280, "assistant", "chatml")
     assert recipe.seed == 42
+
+
+def clock(rule, steps):
+    """The weights of a rule on a run's iterates at its update steps, by the recursion."""
+    return trajectory_weights(rule, range(0, steps + 1, rule.update_freq))
+
+
+def test_the_small_twin_of_bema_has_the_papers_clock():
+    """The same weights over t/T: 360 steps are a 20th of the paper's 7,200, and φ = 20, γ = 20 there."""
+    paper, twin = load_recipe("bema-sft-qwen2.5-1.5b"), filled("bema-sft-small")
+    assert twin.training.max_steps == 360 and 360 % twin.training.save_every == 0
+    assert {rule.update_freq for rule in twin.averages().values()} == {20}
+    assert {rule.multiplier for rule in twin.averages().values()} == {20.0}
+    for name in ("bema", "ema"):
+        weights = clock(paper.method.averages[name], 7200)
+        assert clock(twin.averages()[name], 360) == pytest.approx(weights, abs=1e-12)
+    # The numbers of Algorithm 1 at κ = .5, η = .2, ρ = 10, φ = 400, T = 7,200.
+    assert weight_on_start(clock(twin.averages()["bema"], 360)) == pytest.approx(0.5284, abs=1e-3)
+    assert weight_on_start(clock(twin.averages()["ema"], 360)) == pytest.approx(0.6975, abs=1e-4)
+
+
+@pytest.mark.parametrize("steps", [36, 90, 400, 1000, 7200, 20000])
+@pytest.mark.parametrize("rule", ["BEMA", "OUEMA", "EMA", "DEMA"])
+def test_averages_of_a_run_of_any_length_have_the_papers_clock(steps, rule):
+    """Where φ is no whole number of steps it is rounded, and the weights nearly agree."""
+    settings = {"rule": rule, "ema_power": 0.5, "lag": 10, "update_freq": 400}
+    recipe = load_recipe(
+        "bema-sft-small",
+        {
+            "model.path": "x", "data.path": "x", "training.max_steps": steps, "method.averages": {"a": settings},
+            "method.returned": "a",
+        },
+    )  # fmt: skip
+    [found], [stated] = recipe.averages().values(), recipe.method.averages.values()
+    assert found.multiplier == 7200 / steps and found.update_freq == max(1, round(steps / 18))
+    end = steps // found.update_freq * found.update_freq
+    assert weight_on_start(clock(found, end)) == pytest.approx(weight_on_start(clock(stated, 7200)), abs=0.02)
+
+
+def test_what_the_clock_of_averages_leaves_alone():
+    fill = {field: "x" for field in open_fields("bema-sft-small")}
+    free = {"method.averages": {"a": {"rule": "EMA", "half_life_fraction": 0.1}}, "method.returned": "a"}
+    as_stated = {"method.averages_steps": None}
+    for changes in (free, as_stated, {"training.max_steps": None, "training.epochs": 2}):
+        recipe = load_recipe("bema-sft-small", fill | changes)
+        assert recipe.averages() == recipe.method.averages
+    rest = {"training.max_steps": 400, "method.averages.bema.update_after": 1800}
+    assert load_recipe("bema-sft-small", fill | rest).averages()["bema"].update_after == 100
+
+
+def test_standard_rows_and_baselines():
+    """Every corrected row has its standard one, at the batch of one half; PACE has its baselines."""
+    for kind, batch in (("sophia", 512), ("shampoo", None)):
+        corrected, standard = (load_recipe(f"bias-pretrain-qwen2.5-0.5b-{kind}{end}") for end in ("", "-standard"))
+        settings = standard.method.optimizer
+        assert (settings.cross_fit, settings.inverse_correction) == ("none", "none")
+        assert (standard.training.batch_size, corrected.training.batch_size) == (512, 1024)
+        assert standard.training.learning_rate == corrected.training.learning_rate
+        assert batch is None or settings.batch_size == batch
+        # The authors take the second half from the next step; that is said.
+        assert any("half as many" in line for line in corrected.differences)
+        assert not any("half as many" in line for line in standard.differences)
+    published = load_recipe("bias-pretrain-qwen2.5-0.5b-published").method.optimizer
+    assert (published.constants, published.folds, published.warm_start) == ("reference", "exact", 0)
+    pace, adamw, free = (load_recipe(f"pace-sft-smollm2-1.7b{end}") for end in ("", "-adamw", "-schedule-free"))
+    assert pace.sweep.seeds == adamw.sweep.seeds == free.sweep.seeds == [42, 1337, 2024]
+    assert pace.data == adamw.data == free.data and adamw.method.schedule.kind == "cosine"
+    assert adamw.averages()["ema"].ema_power == 0.5
+    assert (free.method.optimizer.betas, free.method.optimizer.weight_decay) == ((0.98, 0.95), 0.05)
+    assert free.training.max_grad_norm == 0
+
+
+def test_bema_sweep_and_stored_iterates():
+    recipe = load_recipe("bema-sft-qwen2.5-1.5b")
+    assert recipe.sweep.grid["training.batch_size"] == [256, 512]
+    assert "{kind: linear, floor: 0.3}" in recipe.sweep.grid["method.schedule"]
+    assert all(phi % recipe.training.save_every == 0 for phi in (100, 200, 400))
+
+
+def test_primal_averaging_in_recipes():
+    fill = {"data.path": "x"}
+    section = {"kind": "primal_averaging", "average": {"rule": "EMA", "decay": 0.9}, "interpolation": 0.7}
+    recipe = load_recipe("pace-pretrain-small", fill | {"method.optimizer": section})
+    optimizer = build_optimizer(recipe, torch.nn.Linear(2, 2))
+    assert isinstance(optimizer, lagless.optim.PrimalAveraging)
+    assert isinstance(optimizer.optimizer, torch.optim.AdamW)
+    assert [(g["lr"], g["average"], g["interpolation"]) for g in optimizer.param_groups] == [
+        (recipe.training.learning_rate, EMA(decay=0.9), 0.7)
+    ]
+    for change, message in (("interpolation=2", "less than or equal to 1"), ("base.betas=[2, 0.9]", "less than 1")):
+        with pytest.raises(ValueError, match=message):
+            load_recipe("pace-pretrain-small", fill | {"method.optimizer": section} | dict([parse_override(
+                f"method.optimizer.{change}")]))  # fmt: skip
 
 
 def test_pretraining_values():

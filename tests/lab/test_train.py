@@ -152,6 +152,7 @@ OPTIMIZERS = [
     {"kind": "sophia", "batch_size": 4, "hessian_freq": 2},
     {"kind": "shampoo", "root_freq": 2, "inverse_correction": "post_ema"},
     {"kind": "schedule_free", "betas": [0.98, 0.95], "weight_decay": 0.05},
+    {"kind": "primal_averaging", "base": {"kind": "adamw", "betas": [0, 0.99]}, "average": {"rule": "WarmupAverage"}},
 ]
 
 
@@ -162,7 +163,8 @@ def test_every_optimizer_trains_both_ways(optimizer, name, recipe, tmp_path):
         pytest.importorskip("schedulefree")
     chosen = recipe(name, method__optimizer=optimizer, method__returned="live", training__max_steps=3)
     result = train(chosen, tmp_path / "run")
-    assert set(result["final"]) - set(AVERAGES) == {"optimizer" if optimizer["kind"] == "schedule_free" else "live"}
+    own = "optimizer" if optimizer["kind"] in ("schedule_free", "primal_averaging") else "live"
+    assert set(result["final"]) - set(AVERAGES) == {own}
     assert not equal(weights(tmp_path / "run" / "checkpoint-0"), weights(tmp_path / "run" / "checkpoint-3"))
 
 

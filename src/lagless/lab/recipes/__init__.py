@@ -27,5 +27,6 @@ from lagless.lab.recipes._optimizers import (
     AdamW as AdamW,
     OptimizerSection as OptimizerSection,
     OwnOptimizer as OwnOptimizer,
+    PrimalAveraging as PrimalAveraging,
 )
 from lagless.lab.recipes._recipe import Recipe as Recipe

@@ -63,8 +63,14 @@ class Method(Section):
     averages: dict[str, AveragingRule] = Field(
         {}, description="Averages that are followed, evaluated and written: name → rule and its arguments."
     )
+    averages_steps: int | None = Field(
+        None,
+        ge=1,
+        description="T of the runs that the averages are stated for. On a run of another length, training.max_steps, "
+        "their φ, τ and γ are rescaled, so that they weigh the run's fractions t/T alike. None: taken as they are.",
+    )
     returned: str = Field(
         "live",
         description="Which weights the method returns: the name of an average, live, or optimizer for the average that "
-        "pace and schedule_free keep. What sweeps compare by.",
+        "pace, schedule_free and primal_averaging keep. What sweeps compare by.",
     )

@@ -16,7 +16,7 @@ import lagless.optim
 from lagless._signatures import Argument, arguments_of, choices_of
 from lagless.lab.recipes._rules import AveragingRule
 from lagless.lab.recipes._section import Section
-from lagless.rules import Rule
+from lagless.rules import EMA, Rule
 
 ELSEWHERE = {
     "params": "the model's trainable parameters",
@@ -27,7 +27,7 @@ ELSEWHERE = {
 
 NOT_IN_RECIPES = {
     "AveragedOptimizer": "what optimizers with an average have in common",
-    "PrimalAveraging": "wraps another optimizer",
+    "PrimalAveraging": "wraps another optimizer; its section is written out below",
     "Pullback": "wraps another optimizer; around AdamW it is pace",
 }
 """Optimizers of lagless.optim without a section, and why."""
@@ -72,6 +72,27 @@ class ScheduleFree(OptimizerSection):
     warmup_steps: int = Field(0, ge=0, description="Its own warm-up, which also weighs its average.")
 
     keeps_average: ClassVar[bool] = True
+
+
+class PrimalAveraging(OptimizerSection):
+    """lagless.optim.PrimalAveraging around AdamW."""
+
+    kind: Literal["primal_averaging"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        description="lagless.optim.PrimalAveraging: AdamW with its gradients taken between its iterate and the average."
+    )
+    base: AdamW = Field(AdamW(kind="adamw"), description="The optimizer that steps; betas [0, β₂] for Schedule-Free.")
+    average: AveragingRule = Field(EMA(half_life_fraction=0.05), description="Rule of the average that is returned, x.")
+    interpolation: float = Field(0.9, ge=0, le=1, description="Share of the average where the gradient is taken.")
+    pull: float = Field(0.0, ge=0, le=1, description="How far the iterate moves to the average at its updates.")
+    weight_decay_at_y: float = Field(0.0, ge=0, description="Decoupled weight decay where the gradient is taken.")
+
+    keeps_average: ClassVar[bool] = True
+
+    def make(self, groups: Any, lr: float) -> Optimizer:
+        """Return the optimizer over parameter groups."""
+        settings = self.settings()
+        base = torch.optim.AdamW(groups, lr=lr, **settings.pop("base").settings())
+        return lagless.optim.PrimalAveraging(base, settings.pop("average"), **settings)
 
 
 class OwnOptimizer(OptimizerSection):
@@ -141,4 +162,4 @@ OWN: dict[str, type[OwnOptimizer]] = {
 if TYPE_CHECKING:
     AnyOptimizer = OptimizerSection
 else:
-    AnyOptimizer = Annotated[Union[(AdamW, *OWN.values(), ScheduleFree)], Field(discriminator="kind")]
+    AnyOptimizer = Annotated[Union[(AdamW, *OWN.values(), PrimalAveraging, ScheduleFree)], Field(discriminator="kind")]

@@ -12,7 +12,9 @@ from pydantic import Field, model_validator
 from lagless.lab.recipes._data import Data
 from lagless.lab.recipes._method import Method
 from lagless.lab.recipes._model import Model
+from lagless.lab.recipes._rules import at_length
 from lagless.lab.recipes._section import Section
+from lagless.rules import Rule
 
 
 class Training(Section):
@@ -65,6 +67,7 @@ class Recipe(Section):
     summary: str = Field(description="What it trains.")
     reference: str | None = Field(None, description="Where its values are stated.")
     ours: list[str] = Field([], description="Fields whose values the reference does not state.")
+    differences: list[str] = Field([], description="What is done otherwise than in the reference.")
     needs_accelerator: bool = Field(False, description="Refuse to start without a GPU or another accelerator.")
     seed: int = Field(0, ge=0, description="Of the initial weights, the order of the data and dropout.")
     model: Model = Field(description="What is trained.")
@@ -93,11 +96,20 @@ class Recipe(Section):
             )
         return self
 
+    def averages(self) -> dict[str, Rule]:
+        """Return the averages of the run on its own clock; a run of so many epochs keeps the clock as stated."""
+        total, stated = self.training.max_steps, self.method.averages_steps
+        if total is None or stated is None:
+            return dict(self.method.averages)
+        return {name: at_length(rule, stated, total) for name, rule in self.method.averages.items()}
+
     def resolved(self, seed: int | None = None) -> Recipe:
         """The recipe of one run: with this seed, without the values that a sweep would put in."""
         return self.model_copy(update={"sweep": None} | ({} if seed is None else {"seed": seed}))
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON, without seed and sweep: the same for all runs that may be averaged over."""
-        content = self.model_dump(mode="json", exclude={"seed", "sweep"})
+        content = self.model_dump(mode="json", exclude={"seed", "sweep", "differences"})
+        if content["method"]["averages_steps"] is None:  # so that recipes without it keep their digest
+            del content["method"]["averages_steps"]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -92,7 +92,7 @@ def dry_run(recipe: Recipe, seed: int | None = None) -> Rehearsal:
     model = build_model(once, prepared.tokenizer)
     with tempfile.TemporaryDirectory() as folder, memory_errors(recipe):
         # Takes their memory, and finds rules that would have no update.
-        averager = Averager(model, recipe.method.averages, total_steps=steps) if recipe.method.averages else None
+        averager = Averager(model, recipe.averages(), total_steps=steps) if recipe.method.averages else None
         without = once.model_copy(update={"method": once.method.model_copy(update={"averages": {}})})
         trainer = build_trainer(without, model, prepared, Path(folder))
         trainer.args.save_strategy = SaveStrategy.NO

@@ -19,6 +19,7 @@ from lagless.lab.recipes import (
     OptimizerSection,
     OwnOptimizer,
     Power,
+    PrimalAveraging,
     Recipe,
     WarmupStableDecay,
 )
@@ -33,6 +34,8 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     """
     section, training = recipe.method.optimizer, recipe.training
     groups = _groups(model, training.embedding_learning_rate)
+    if isinstance(section, PrimalAveraging):
+        return section.make(groups, training.learning_rate)
     optimizer = _class(section)(groups, lr=training.learning_rate, **section.settings())
     if isinstance(optimizer, BiasCorrectedSophia):
         optimizer.estimate_curvature(model)

@@ -46,7 +46,7 @@ def build_trainer(recipe: Recipe, model: PreTrainedModel, prepared: Prepared, ou
         "processing_class": prepared.tokenizer,
         "train_dataset": prepared.train,
         "eval_dataset": prepared.validation,
-        "callbacks": [AveragingCallback(recipe.method.averages)] if recipe.method.averages else [],
+        "callbacks": [AveragingCallback(recipe.averages())] if recipe.method.averages else [],
     }
     data = recipe.data
     if isinstance(data, SftData):
