@@ -6,6 +6,7 @@
 1.0
 """
 
+from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any as _Any
 
 from lagless._citation import citation as citation
@@ -36,18 +37,20 @@ from lagless.rules import (
 
 if TYPE_CHECKING:
     from lagless.averaging import Averager as Averager
+    from lagless.optim import GradientNoise as GradientNoise
 
 _install()
 
 
-def __getattr__(name: str) -> _Any:
-    if name == "Averager":  # torch is loaded by what needs it, and not by `lagless --help`
-        from lagless.averaging import Averager
+_LATER = {"Averager": "lagless.averaging", "GradientNoise": "lagless.optim"}
 
-        globals()[name] = Averager
-        return Averager
+
+def __getattr__(name: str) -> _Any:
+    if name in _LATER:  # torch is loaded by what needs it, and not by `lagless --help`
+        globals()[name] = value = getattr(_import_module(_LATER[name]), name)
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "Averager"})
+    return sorted({*globals(), *_LATER})

@@ -72,6 +72,12 @@ _ENTRIES = {
   journal = {arXiv preprint arXiv:2209.14981},
   year    = {2022},
 }""",
+    "noise": """@article{mccandlish2018empirical,
+  title   = {An Empirical Model of Large-Batch Training},
+  author  = {McCandlish, Sam and Kaplan, Jared and Amodei, Dario and {OpenAI Dota Team}},
+  journal = {arXiv preprint arXiv:1812.06162},
+  year    = {2018},
+}""",
     "karras": """@article{karras2024analyzing,
   title   = {Analyzing and Improving the Training Dynamics of Diffusion Models},
   author  = {Karras, Tero and Aittala, Miika and Lehtinen, Jaakko and Hellsten, Janne and Aila, Timo and Laine, Samuli},
@@ -96,6 +102,7 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
     "BiasCorrectedAdamW": ("bias",),
     "BiasCorrectedSophia": ("bias",),
     "BiasCorrectedShampoo": ("bias",),
+    "GradientNoise": ("noise",),
 }
 
 

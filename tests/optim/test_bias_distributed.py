@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lagless.execution import _process_sums
 from lagless.execution._sharding import local
-from lagless.optim import BiasCorrectedAdamW, BiasCorrectedShampoo, BiasCorrectedSophia
+from lagless.optim import BiasCorrectedAdamW, BiasCorrectedShampoo, BiasCorrectedSophia, GradientNoise
 
 ADAMW = {
     "standard": {"cross_fit": "none"},
@@ -508,6 +508,73 @@ def unreached_curvature(rank):
         same([p.detach() for p in model.parameters()], [p.detach() for p in alone.parameters()], "curvature")
 
 
+def noise_scale(rank):
+    """Ranks are microbatches: two with two each find what one process with four finds, also if one has more."""
+    data = batches(3, 4)
+    for weights in (None, WEIGHTS):
+        for mine in ((0, 1) if rank == 0 else (2, 3), (0,) if rank == 0 else (1, 2, 3)):
+            found = []
+            for places in (range(4), mine):
+                model = make_model()
+                replica = model if len(places) == 4 else DistributedDataParallel(model)
+                optimizer = adamw(model, {})
+                noise = GradientNoise(model)
+                optimizer.param_groups[0]["lr"] = 1e-12  # so that all have the same gradients
+                if len(places) == 4:
+                    noise._microbatches.group = optimizer._microbatches.group = None
+                noise.attach(optimizer)
+                for step in data:
+                    for j, place in enumerate(places):
+                        weight = 1.0
+                        if weights is not None:
+                            weight = weights[place]
+                            noise.set_microbatch_weight(weight)
+                            optimizer.set_microbatch_weight(weight)
+                        with contextlib.nullcontext() if j + 1 == len(places) else quiet(replica):
+                            loss = replica(step[place]).square().mean() * weight / 4
+                            (loss if replica is model else 2 * loss).backward()  # DDP takes the mean over ranks
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                found.append((noise.noise_scale(), optimizer.noise_scale()))
+            (alone, collected), (beside, own) = found
+            # Without weights the optimizers take it that every rank has as many.
+            for one in (collected, beside, own) if weights or len(mine) == 2 else (collected, beside):
+                for which in ("latest", "smoothed"):
+                    a, b = getattr(one, which), getattr(alone, which)
+                    assert tuple(a) == pytest.approx(tuple(b), rel=1e-6), (rank, weights, mine, which)
+                assert one.samples == alone.samples
+
+
+def sharded_noise_scale(rank):
+    """Under FSDP2 a microbatch is that of all ranks, and squares are of whole gradients."""
+    data, found = batches(3, 8).view(3, 4, 2, 4, 3), []
+    for shards in (False, True):
+        model = make_model()
+        if shards:
+            for layer in (model[0], model[2]):
+                fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+            fully_shard(model)
+        optimizer, noise = adamw(model, {}), GradientNoise(model)
+        if not shards:
+            noise._microbatches.group = optimizer._microbatches.group = None
+        noise.attach(optimizer)
+        for step in data:
+            for x in step:
+                model(x[rank] if shards else x.flatten(0, 1)).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        found += [noise.noise_scale(), optimizer.noise_scale()]
+    for one in found[1:]:
+        assert tuple(one.smoothed) == pytest.approx(tuple(found[0].smoothed), rel=1e-6)
+        assert one.samples == 4.0
+
+
+def quiet(model):
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
 def work(rank, store):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -531,6 +598,8 @@ def work(rank, store):
         sharded_language_model,
         unused_parameters,
         unreached_curvature,
+        noise_scale,
+        sharded_noise_scale,
     ):
         check(rank)
     dist.destroy_process_group()

@@ -12,6 +12,9 @@ from lagless.optim.bias_corrected import (
     BiasCorrectedShampoo as BiasCorrectedShampoo,
     BiasCorrectedSophia as BiasCorrectedSophia,
     Correction as Correction,
+    GradientNoise as GradientNoise,
+    NoiseEstimate as NoiseEstimate,
+    NoiseScale as NoiseScale,
     sampled_label_loss as sampled_label_loss,
 )
 

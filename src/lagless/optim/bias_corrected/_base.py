@@ -16,11 +16,13 @@ from torch.utils.hooks import RemovableHandle
 from lagless._deprecated import former_method
 from lagless.execution import without_autocast
 from lagless.optim._loaded_state import Entry, load_checked, with_format
+from lagless.optim.bias_corrected._collected_noise import moments_of
 from lagless.optim.bias_corrected._exclusion import Exclusion
 from lagless.optim.bias_corrected._gradients import all_finite, check_gradients
 from lagless.optim.bias_corrected._loading import prepared_state, settle
 from lagless.optim.bias_corrected._method import Group, Method, corrects, steps_taken, tensors_of
-from lagless.optim.bias_corrected._microbatches import Microbatches
+from lagless.optim.bias_corrected._microbatches import Microbatches, data_parallel
+from lagless.optim.bias_corrected._noise_record import NoiseRecord, NoiseScale
 from lagless.optim.bias_corrected._report import Correction, CorrectionRecorder
 from lagless.optim.bias_corrected._sums import PowerSums
 from lagless.optim.bias_corrected._token_weights import weigh_by_tokens
@@ -53,8 +55,8 @@ class BiasCorrected(Optimizer):
         self._method = method = self._method_type(type(self).__name__)
         self._exclusion = Exclusion(exclude, method.corrected, method.plain, method.plain_words)
         self._recorder = CorrectionRecorder(report_freq)
-        self._folds_seen = False
-        self._microbatches = Microbatches(_data_parallel(process_group))
+        self._folds_seen, self._noise = False, NoiseRecord()
+        self._microbatches = Microbatches(data_parallel(process_group))
         super().__init__(params, defaults)
         self._exclusion.report(method.name, self.param_groups)
 
@@ -89,6 +91,9 @@ class BiasCorrected(Optimizer):
         self.found_inf = torch.tensor(float(not finite), dtype=torch.float32)
         if not finite:
             return
+        moments = moments_of(self.param_groups, collected)
+        if moments is not None:
+            self._noise.add(moments, next(iter(collected.values())).weights.total)
         self._folds_seen |= any(found.count > 1 for found in collected.values())
         # torch.distributed.checkpoint makes states by a step of learning rate 0 with gradients out of nowhere.
         due = [g for g in self.param_groups if g["lr"] > 0.0 and any(p.grad is not None for p in g["params"])]
@@ -152,6 +157,18 @@ class BiasCorrected(Optimizer):
         """
         return self._recorder.report(self.param_groups)
 
+    def noise_scale(self) -> NoiseScale:
+        """Return the gradient noise scale of the latest step and smoothed over steps, in all and per parameter group.
+
+        It is made of the sums that steps are made of. Groups without any, as those in ``exclude``, are left out: to
+        measure all parameters, put :class:`lagless.GradientNoise` beside the optimizer. The unit is a microbatch, or
+        that of the microbatches' weights where they were given. Loading a state starts the averages again.
+
+        Raises:
+            RuntimeError: if no step with two microbatches was seen yet.
+        """
+        return self._noise.result()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; parameters whose names match ``exclude`` form one of their own, unless it sets cross_fit."""
         for part in self._exclusion.split(param_group, self.defaults):
@@ -203,8 +220,8 @@ class BiasCorrected(Optimizer):
         former = self.__dict__.get("_microbatches")
         if former is not None:
             former.hooks.remove()
-        self._method = self._method_type(type(self).__name__)
-        self._microbatches = Microbatches(_data_parallel(None) if former is None else former.group)
+        self._method, self._noise = self._method_type(type(self).__name__), NoiseRecord()
+        self._microbatches = Microbatches(data_parallel(None) if former is None else former.group)
         for group in self.param_groups:
             _follow(group, self._method, self.state, self._microbatches)
 
@@ -241,9 +258,3 @@ def _require_microbatches(name: str, groups: Sequence[Group], microbatches: Micr
             "gradients over several backward() calls made after the optimizer was, or set cross_fit='none' and "
             "inverse_correction='none'."
         )
-
-
-def _data_parallel(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    if group is None and dist.is_available() and dist.is_initialized():
-        group = dist.group.WORLD
-    return None if group is None or group.size() == 1 else group

@@ -41,6 +41,8 @@ class Collected:
         halves: how many of them belong to either half.
         weights: what they weigh.
         reached: how many of either half reached the parameter.
+        summed: the mean of the gradients, as they were added up, times it is ``p.grad`` before it was scaled.
+        norm: of ``p.grad`` before it was scaled.
         group: the processes, if there are several.
     """
 
@@ -52,6 +54,8 @@ class Collected:
     halves: tuple[int, int]
     weights: Weights
     reached: tuple[int, int]
+    summed: float
+    norm: Tensor
     group: dist.ProcessGroup | None
 
     def mean(self, key: Any) -> Tensor:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lagless.execution import Sharding, foreach_max, foreach_norm, local, over_shards, sum_over_mesh
+from lagless.execution import Sharding, exact_dtype, foreach_max, foreach_norm, local, over_shards, sum_over_mesh
+
+_PIECE = 2**20  # elements whose squares float32 adds up without losing digits
 
 
 def check_gradients(name: str, parameters: Sequence[Tensor]) -> None:
@@ -61,17 +63,44 @@ def norms(parameters: Sequence[Tensor]) -> list[Tensor]:
     if not gradients:
         return []
     dtype = max((torch.promote_types(g.dtype, torch.float32) for g in gradients), key=lambda d: d.itemsize)
+    if all(map(_sums_by_dot, gradients)):
+        return [squared_norm(g).sqrt_().to(dtype) for g in gradients]
     return list(foreach_norm(gradients, 2, dtype=dtype))
+
+
+def squared_norm(gradient: Tensor) -> Tensor:
+    """Return the sum of squares of a tensor as one number, in float64 where the device has it.
+
+    Norms of torch lose digits on CPUs where there are more elements than a few million: one accumulator takes in all.
+    """
+    if not _sums_by_dot(gradient):
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        return torch.linalg.vector_norm(gradient, dtype=wide).to(exact_dtype(gradient.device)).square()
+    flat = gradient.detach().view(-1)
+    if flat.numel() <= _PIECE:
+        return torch.dot(flat, flat).double()
+    return torch.stack([torch.dot(part, part) for part in flat.split(_PIECE)]).sum(dtype=torch.float64)
+
+
+def _sums_by_dot(tensor: Tensor) -> bool:
+    fits = tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
+    return fits and tensor.is_contiguous()
 
 
 def norms_of_whole(parameters: Sequence[Tensor], norms: Tensor) -> Tensor:
     """Return norms of whole gradients, from those of this rank's parts; shape (..., number of parameters)."""
+    if not any(isinstance(p, DTensor) for p in parameters):
+        return norms
+    return sums_of_whole(parameters, norms.double().square()).sqrt().to(norms.dtype)
+
+
+def sums_of_whole(parameters: Sequence[Tensor], sums: Tensor) -> Tensor:
+    """Return sums over whole gradients, from those over this rank's parts; shape (..., number of parameters)."""
     alike: defaultdict[Any, list[int]] = defaultdict(list)
     for i, p in enumerate(parameters):
         sharding = Sharding.of(p)
         if sharding.mesh is not None:
             alike[sharding.mesh, tuple(each.is_replicate() for each in sharding.placements)].append(i)
     for some in alike.values():
-        squares = norms[..., some].double().square()
-        norms[..., some] = over_shards(squares, parameters[some[0]]).sqrt().to(norms.dtype)
-    return norms
+        sums[..., some] = over_shards(sums[..., some], parameters[some[0]])
+    return sums

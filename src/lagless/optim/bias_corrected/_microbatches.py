@@ -6,19 +6,21 @@ Nothing is taken from ``p.grad``: hooks add powers of the incoming gradient to b
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from lagless.execution import after_pass, current_pass, local, sum_over, within_another_pass
+from lagless.execution import after_pass, current_pass, exact_dtype, local, sum_over, within_another_pass
 from lagless.optim.bias_corrected._collected import Collected, Weights
 from lagless.optim.bias_corrected._gradient_hooks import GradientHooks
 from lagless.optim.bias_corrected._gradients import norms, norms_of_whole
 from lagless.optim.bias_corrected._microbatch_weights import MicrobatchWeights, half_of, weights_of_all
-from lagless.optim.bias_corrected._sums import Sums
+from lagless.optim.bias_corrected._sums import SquareSum, Sums
 
 
 class _Track:
@@ -30,11 +32,11 @@ class _Track:
         self.microbatch = 0  # the latest one that reached this parameter, 1-based; 0: none of this window
         self.reached = [0, 0]  # microbatches of either half that did
         self.norm: Tensor | None = None  # of p.grad after the latest backward
-        self._left: tuple[TensorWeakRef, int, Tensor] | None = None  # p.grad, its version and a few values then
+        self._left: tuple[TensorWeakRef, int, list[Any]] | None = None  # p.grad, its version and a few values then
 
-    def leave(self, grad: Tensor, norm: Tensor) -> None:
-        """Remember what ``p.grad`` is like at the end of a backward pass."""
-        self.norm, self._left = norm, (TensorWeakRef(grad), local(grad)._version, _a_few(local(grad)).clone())
+    def leave(self, grad: Tensor, norm: Tensor | None) -> None:
+        """Remember what ``p.grad`` is like at the end of a backward pass; ``norm`` is None if nobody measured it."""
+        self.norm, self._left = norm, (TensorWeakRef(grad), local(grad)._version, _a_few(local(grad)))
 
     def is_as_left(self, grad: Tensor | None) -> bool:
         """Whether nobody seems to have written to ``p.grad`` since; False means that somebody may have."""
@@ -42,13 +44,13 @@ class _Track:
             return False
         tensor, version, values = self._left
         # What is written by way of p.grad.data changes no version.
-        return tensor() is grad and local(grad)._version == version and _same(_a_few(local(grad)), values)
+        return tensor() is grad and local(grad)._version == version and _alike(_a_few(local(grad)), values)
 
     def has_changed(self, grad: Tensor | None, norm: Tensor | None) -> bool:
         """Whether the values of ``p.grad`` are others now that it has this norm."""
         if self._left is None or self.norm is None or grad is None or norm is None:
             return True
-        return not (_same(norm, self.norm) and _same(_a_few(local(grad)), self._left[2]))
+        return not (_same(norm, self.norm) and _alike(_a_few(local(grad)), self._left[2]))
 
     def add(self, microbatch: int, gradient: Tensor, half: int, weight: float | None) -> None:
         """Count a microbatch, 1-based."""
@@ -67,11 +69,18 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return bool(((first == second) | (first.isnan() & second.isnan())).all())
 
 
-def _a_few(gradient: Tensor) -> Tensor:
+def _a_few(gradient: Tensor) -> list[Any]:
     """Some values of a gradient, spread over it; none where to compare them would wait for a device."""
     if gradient.device.type != "cpu" or not gradient.is_contiguous():
-        return gradient.new_empty(0)
-    return gradient.detach().view(-1)[:: max(1, gradient.numel() // 8)]
+        return []
+    stride = max(1, gradient.numel() // 8)
+    with torch.no_grad():
+        return gradient.as_strided((-(-gradient.numel() // stride),), (stride,)).tolist()
+
+
+def _alike(first: list[Any], second: list[Any]) -> bool:
+    """Whether all numbers are the same, or NaN in both."""
+    return first == second or all(a == b or (a != a and b != b) for a, b in zip(first, second, strict=True))
 
 
 class Microbatches:
@@ -79,15 +88,20 @@ class Microbatches:
 
     Args:
         group: data-parallel processes whose microbatches count as well; None for this process alone.
+        strict: whether :meth:`settle` raises, and norms are measured after every backward pass, any of which may be
+            the last. Otherwise ``spoiled`` says what was found, and :meth:`expect_alike` may spare most norms.
 
     Attributes:
         weights: of the microbatches.
         hooks: on the parameters.
         count: microbatches of this process in this window, or in the latest one.
+        spoiled: why the sums of this window belong to no gradient; empty where they do, or where that is not known.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup | None = None, strict: bool = True) -> None:
+        self.group, self._strict, self.spoiled = group, strict, ""
+        self._unsure = False  # whether somebody may have changed a gradient of unknown norm, in any window
+        self._from = 1  # microbatch from which on norms are measured; none are before, by which changes are noticed
         self.weights, self.hooks = MicrobatchWeights(), GradientHooks(self)
         self.count = 0
         self._tracks: dict[Tensor, _Track] = {}
@@ -152,10 +166,12 @@ class Microbatches:
         # p.grad is this times the mean of the gradients seen, by whatever it was unscaled and clipped.
         ratios = torch.where(before > 0.0, after / before, 1.0)
         processes = 1 if self.group is None else self.group.size()
-        ratios = ratios * (self.count if weights is None else weights.total / processes)
+        summed = self.count if weights is None else weights.total / processes
+        ratios = ratios * summed
         shares = None if weights is None or mine is None else tuple(w / weights.total for w in mine)
         found = {}
-        for (p, track), ratio, counts in zip(present, ratios.unbind(), reached, strict=True):
+        each = zip(present, ratios.unbind(), before.unbind(), reached, strict=True)
+        for (p, track), ratio, norm, counts in each:
             samples = ()
             if track.keep and p.grad is not None:
                 gradient = local(p.grad)
@@ -164,9 +180,41 @@ class Microbatches:
                 samples = tuple(track.samples.get(j, zero) * scale for j, scale in enumerate(scales))
             everything = weights or Weights(sum(halves), *halves)
             found[p] = Collected(
-                track.sums.totals, ratio, samples, shares, sum(halves), halves, everything, counts, self.group
+                totals=track.sums.totals,
+                ratio=ratio,
+                samples=samples,
+                shares=shares,
+                count=sum(halves),
+                halves=halves,
+                weights=everything,
+                reached=counts,
+                summed=summed,
+                norm=norm,
+                group=self.group,
             )
         return found
+
+    def squares(self, parameters: Iterable[Tensor]) -> tuple[list[Tensor], Tensor] | None:
+        """Return what :class:`SquareSum` has of this process's microbatches, and squared norms of their gradients.
+
+        Returns:
+            The parameters of which there is a gradient; Σ w|g|² and |p.grad|² of each, as they were before anybody
+            scaled p.grad, shape (2, number of parameters); NaN where that was not measured. None where there are none.
+        """
+        tracks = [(p, self._tracks[p]) for p in parameters if self._open and p.grad is not None]
+        held = [(p, track) for p, track in tracks if track.microbatch or self.group is not None]
+        if not held:
+            return None
+        device = local(held[0][0]).device
+        zero = torch.zeros((), dtype=exact_dtype(device), device=device)
+        totals = [t.sums.totals[SquareSum.key].to(device) if t.microbatch else zero for _, t in held]
+        norms = [zero * torch.nan if t.norm is None else t.norm.to(zero).square() for _, t in held]
+        return [p for p, _ in held], torch.stack([torch.stack(totals), torch.stack(norms)])
+
+    def expect_alike(self) -> None:
+        """Measure norms, where this is not strict, from the pass of the next window on that was this one's last."""
+        if self._open and not self._strict:
+            self._from = 1 if self._unsure or self.spoiled else self.count
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -184,13 +232,17 @@ class Microbatches:
         changed = [p for p, track in suspects if track.has_changed(p.grad, now.get(p))]
         if changed and len(suspects) == len(held) and not any(bool(norm) for norm in now.values()):
             self.close()
+        elif any(track.norm is None for _, track in suspects):
+            self._unsure, self._from = True, sys.maxsize  # this window is lost, the next ones are looked at closely
         elif changed:
-            raise RuntimeError(
+            self.spoiled = (
                 f"the gradients of {len(changed)} of {len(held)} parameters, the first of shape "
                 f"{tuple(changed[0].shape)}, were changed between two microbatches, whose sums no longer belong to "
                 "them. Clip, scale or replace gradients once, after the last backward() of a step; to throw "
                 "microbatches away, call optimizer.zero_grad()."
             )
+            if self._strict:
+                raise RuntimeError(self.spoiled)
         self._measured = False
 
     def receive(self, parameter: Tensor, gradient: Tensor | None) -> None:
@@ -204,7 +256,7 @@ class Microbatches:
         if not self._open or (
             first and gradient is None and all(p.grad is None for p in self._tracks if p is not parameter)
         ):
-            self._open, self.count, new = True, 0, True
+            self._open, self.count, new, self.spoiled = True, 0, True, ""
             self.weights.clear()
             self.hooks.forget_accumulated()
             for other in self._tracks.values():
@@ -224,7 +276,15 @@ class Microbatches:
     @torch.no_grad()
     def _measure(self) -> None:
         present = [(p, track) for p, track in self._tracks.items() if p.grad is not None]
-        for (p, track), norm in zip(present, norms([p for p, _ in present]), strict=True):
+        measured = norms([p for p, _ in present]) if self.count >= self._from else [None] * len(present)
+        for (p, track), norm in zip(present, measured, strict=True):
             assert p.grad is not None
             track.leave(p.grad, norm)
         self._measured = self._open
+
+
+def data_parallel(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Return the processes whose microbatches count, ``group`` or the default one; None where there is one only."""
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    return None if group is None or group.size() == 1 else group

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lagless.execution import compiled, fits_kernel, flat
+from lagless.optim.bias_corrected._gradients import squared_norm
 
 
 class Power(NamedTuple):
@@ -72,6 +73,22 @@ class PowerSums:
         for power in self.powers:
             if power not in self.totals:
                 self.totals[power] = torch.zeros_like(like, dtype=wide, memory_format=torch.preserve_format)
+
+
+class SquareSum:
+    """Σ w_j |g_j|² of one parameter's gradients, as one number."""
+
+    key = Power(2)
+
+    def __init__(self) -> None:
+        self.totals: dict[Any, Tensor] = {}
+
+    def add(self, gradient: Tensor, half: int, fresh: bool, weight: float = 1.0) -> None:
+        """Count a microbatch, ``weight`` times its mean gradient; the first one if ``fresh``."""
+        square = squared_norm(gradient)
+        if weight != 1.0:
+            square = square * rescale(weight, 2)
+        self.totals[self.key] = square if fresh else self.totals[self.key] + square
 
 
 def rescale(weight: float, exponent: int) -> float:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lagless.execution import sum_over_mesh
 
 
+class Weighed(Protocol):
+    """Who has parameter groups and wants to know what microbatches weigh."""
+
+    param_groups: list[dict[str, Any]]
+
+
 def weigh_by_tokens(
-    optimizer: Optimizer, announce: Callable[[Any, float], None], model: nn.Module, shifted: bool
+    optimizer: Weighed, announce: Callable[[Any, float], None], model: nn.Module, shifted: bool
 ) -> RemovableHandle:
     """Announce the number of supervised tokens whenever ``model`` is called with ``num_items_in_batch``.
 
     Args:
-        optimizer: is not kept alive.
+        optimizer: one, or who watches its gradients; is not kept alive.
         announce: is called with the optimizer and the number.
         model: called with ``labels``.
         shifted: whether labels are shifted by one position in the loss.
@@ -39,7 +44,7 @@ def weigh_by_tokens(
     return model.register_forward_pre_hook(weigh, with_kwargs=True)
 
 
-def _over_shards(optimizer: Optimizer, count: Tensor) -> float:
+def _over_shards(optimizer: Weighed, count: Tensor) -> float:
     """A count over all processes that share sharded parameters, whose microbatches are one."""
     sharded = next((p for g in optimizer.param_groups for p in g["params"] if isinstance(p, DTensor)), None)
     if sharded is not None:
