@@ -22,7 +22,7 @@ from lagless.optim.bias_corrected._gradients import all_finite, check_gradients
 from lagless.optim.bias_corrected._loading import prepared_state, settle
 from lagless.optim.bias_corrected._method import Group, Method, corrects, steps_taken, tensors_of
 from lagless.optim.bias_corrected._microbatches import Microbatches, data_parallel
-from lagless.optim.bias_corrected._noise_record import NoiseRecord, NoiseScale
+from lagless.optim.bias_corrected._noise_record import MeasuresNoise, NoiseRecord
 from lagless.optim.bias_corrected._report import Correction, CorrectionRecorder
 from lagless.optim.bias_corrected._sums import PowerSums
 from lagless.optim.bias_corrected._token_weights import weigh_by_tokens
@@ -30,7 +30,7 @@ from lagless.optim.bias_corrected._token_weights import weigh_by_tokens
 _log = logging.getLogger("lagless")
 
 
-class BiasCorrected(Optimizer):
+class BiasCorrected(MeasuresNoise, Optimizer):
     """An optimizer that sees microbatches; its method says which sums are needed and steps.
 
     Args:
@@ -156,18 +156,6 @@ class BiasCorrected(Optimizer):
             RuntimeError: if none was recorded yet.
         """
         return self._recorder.report(self.param_groups)
-
-    def noise_scale(self) -> NoiseScale:
-        """Return the gradient noise scale of the latest step and smoothed over steps, in all and per parameter group.
-
-        It is made of the sums that steps are made of. Groups without any, as those in ``exclude``, are left out: to
-        measure all parameters, put :class:`lagless.GradientNoise` beside the optimizer. The unit is a microbatch, or
-        that of the microbatches' weights where they were given. Loading a state starts the averages again.
-
-        Raises:
-            RuntimeError: if no step with two microbatches was seen yet.
-        """
-        return self._noise.result()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; parameters whose names match ``exclude`` form one of their own, unless it sets cross_fit."""

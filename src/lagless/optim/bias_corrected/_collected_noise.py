@@ -40,7 +40,7 @@ def moments_of(groups: Sequence[dict[str, Any]], collected: Mapping[Tensor, Coll
         for numbers in ([spread for *_, spread in known], [float(found.weights.total) for _, _, found, _ in known])
     )
     each = noise_moments(squares, norms, spreads, weights)
-    places = torch.tensor([i for i, *_ in known], device=device)
+    places = torch.tensor([i for i, *_ in known], dtype=torch.int64, device=device)
     moments = torch.stack([each.signal, each.noise], dim=1)
     totals = moments.new_zeros(len(groups), 2).index_add_(0, places, moments)
     seen = torch.zeros(len(groups), dtype=torch.bool, device=device).index_fill_(0, places, True)

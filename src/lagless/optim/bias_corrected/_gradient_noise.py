@@ -18,13 +18,13 @@ from lagless._validation import require_number, shown
 from lagless.execution import exact_dtype, sum_over
 from lagless.optim.bias_corrected._gradients import sums_of_whole
 from lagless.optim.bias_corrected._microbatches import Microbatches, data_parallel
-from lagless.optim.bias_corrected._noise_record import HALF_LIFE, NoiseRecord, NoiseScale
+from lagless.optim.bias_corrected._noise_record import HALF_LIFE, MeasuresNoise, NoiseRecord
 from lagless.optim.bias_corrected._sums import SquareSum
 from lagless.optim.bias_corrected._token_weights import weigh_by_tokens
 from lagless.updates import noise_moments
 
 
-class GradientNoise:
+class GradientNoise(MeasuresNoise):
     """The gradient noise scale of a run, from the microbatches that gradient accumulation and data parallelism have.
 
         |G|² = (n|ḡ|² - S)/(n - 1),   tr Σ = B (S - |ḡ|²)/(n - 1),   B_simple = tr Σ/|G|²
@@ -77,7 +77,7 @@ class GradientNoise:
         self.param_groups: list[dict[str, Any]] = [{"params": group} for group in _groups(params)]
         self._size, self._warned = samples_per_microbatch, False
         self._microbatches = Microbatches(data_parallel(process_group), strict=False)
-        self._record = NoiseRecord(half_life)
+        self._noise = NoiseRecord(half_life)
         for parameter in self._parameters():
             self._microbatches.track(parameter, SquareSum(), False)
         if any(isinstance(p, DTensor) for p in self._parameters()):
@@ -146,17 +146,7 @@ class GradientNoise:
         samples = weight if self._size is None else count * self._size
         per_sample = torch.stack([found.signal, found.noise * samples / weight], dim=1)
         good = (present > 0.0) & (count > 1.0) & (refused == 0.0)
-        self._record.add(torch.where(good[:, None], per_sample, torch.nan), samples)
-
-    def noise_scale(self) -> NoiseScale:
-        """Return |G|², tr Σ and B_simple of the latest step and smoothed, over all parameters and per group.
-
-        Waits for the device.
-
-        Raises:
-            RuntimeError: if no step with two microbatches was seen yet.
-        """
-        return self._record.result()
+        self._noise.add(torch.where(good[:, None], per_sample, torch.nan), samples)
 
     def set_microbatch_weight(self, weight: float) -> None:
         """Say what the next microbatch weighs in the sum of gradients; call it before each ``backward()`` or none.

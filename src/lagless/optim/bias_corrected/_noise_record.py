@@ -70,7 +70,10 @@ class NoiseRecord:
             moments: |G|² and tr Σ of one sample, shape (groups, 2). A group whose numbers are not finite is left out.
             samples: of the step.
         """
-        found = torch.cat([moments, torch.as_tensor(samples).to(moments).expand(len(moments), 1)], dim=1)
+        found = torch.cat(
+            [moments, torch.as_tensor(samples, dtype=moments.dtype, device=moments.device).expand(len(moments), 1)],
+            dim=1,
+        )
         latest, sums = _grown(self._latest, found), _grown(self._sums, moments.new_zeros(len(moments), 4))
         finite = found.isfinite().all(dim=1, keepdim=True)
         ones = torch.ones_like(moments)
@@ -99,6 +102,24 @@ class NoiseRecord:
         newest = max(groups, key=lambda group: group.steps)
         latest, smoothed = (_sum([getattr(group, which) for group in groups]) for which in ("latest", "smoothed"))
         return NoiseScale(newest.steps, newest.samples, latest, smoothed, None, tuple(groups))
+
+
+class MeasuresNoise:
+    """What has a record of the gradient noise."""
+
+    _noise: NoiseRecord
+
+    def noise_scale(self) -> NoiseScale:
+        """Return the gradient noise scale of the latest step and smoothed over steps, in all and per parameter group.
+
+        Waits for the device. A bias-corrected optimizer has it from the sums that it steps with: groups without any, as
+        those in ``exclude``, are left out (put :class:`lagless.GradientNoise` beside it for all of them), the unit is a
+        microbatch or that of the microbatches' weights, and loading a state starts the averages again.
+
+        Raises:
+            RuntimeError: if no step with two microbatches was seen yet.
+        """
+        return self._noise.result()
 
 
 def _grown(tensor: Tensor | None, like: Tensor) -> Tensor:
