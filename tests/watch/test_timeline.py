@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tests.model_files import make_state
 from tests.watch.test_averages import check_equal
-from tests.watch.trainer import QUICK, RULES, save, settle, taken
+from tests.watch.trainer import save, settle, taken
 
 from lagless import EMA
 from lagless.watch import Settings, Watch
@@ -192,7 +192,3 @@ def test_a_checkpoint_of_another_model_is_left_out(tmp_path: Path, watching: Any
     watch, rows = watching()
     settle(watch)
     assert taken(watch) == [10] and "checkpoint-20 is left out" in rows[-1]["text"]
-
-
-def test_rules_stand_for_all(tmp_path: Path) -> None:
-    assert {"ema", "bema", "dema", "uniform", "window"} == RULES.keys() and QUICK.settle == 0.0

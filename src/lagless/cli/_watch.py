@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lagless.cli._console import out
+from lagless.cli._evaluation_options import BatchSize, Device, Length, Sequences, require
 from lagless.cli._rule_options import Grid, RuleNames, chosen_rules, require_rule, rule_options
+
+if TYPE_CHECKING:
+    from lagless.watch import CommandPlan, HeldOutPlan
 
 
 @rule_options
@@ -24,6 +28,23 @@ def watch_command(
         Path | None, typer.Option(help="Checkpoint that is θ_0. Default: the earliest one of the run.")
     ] = None,
     start_step: Annotated[int, typer.Option(help="Step of --start.")] = 0,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Held-out text, problems or conversations: measure the loss.")
+    ] = None,
+    task: Annotated[
+        list[str], typer.Option(help="Task to measure: boolq, gsm8k, mmlu_hs, arithmetic; may be repeated.")
+    ] = [],  # noqa: B006
+    eval_command: Annotated[
+        str | None,
+        typer.Option(metavar="COMMAND", help="Gets a model folder ({model}, or last) and prints JSON with loss."),
+    ] = None,
+    eval_timeout: Annotated[float, typer.Option(min=0.0, help="Seconds after which --eval-command is ended.")] = 3600.0,
+    eval_every: Annotated[int, typer.Option(min=0, help="Steps from one evaluation to the next at least.")] = 0,
+    eval_dtype: Annotated[str, typer.Option(help="Type of weights in memory: float32, bfloat16, float16.")] = "float32",
+    sequences: Sequences = 200,
+    length: Length = 512,
+    batch_size: BatchSize = 8,
+    device: Device = None,
     once: Annotated[bool, typer.Option(help="Take up what is there, then end; for cron and CI.")] = False,
     until: Annotated[
         str | None, typer.Option(metavar="STEP|idle:MINUTES", help="End at a step, or after so long without a new one.")
@@ -62,6 +83,8 @@ def watch_command(
         keep_states=keep_states,
         keep=keep,
         dtype=dtype,
+        evaluate=_plan(data, task, eval_command, eval_timeout, sequences, length, batch_size, device, eval_dtype),
+        evaluate_every=eval_every,
     )
     rules = chosen_rules([0, 1], rule, settings, grid)
     place = run.with_name(f"{run.name}-watch") if output is None else absolute_path(output)
@@ -72,6 +95,33 @@ def watch_command(
     finally:
         waiter.close()
     raise typer.Exit(code)
+
+
+def _plan(
+    data: str | None,
+    tasks: list[str],
+    command: str | None,
+    timeout: float,
+    sequences: int,
+    length: int,
+    batch_size: int,
+    device: str | None,
+    dtype: str,
+) -> HeldOutPlan | CommandPlan | None:
+    from lagless.watch import CommandPlan, HeldOutPlan
+
+    if command is not None:
+        if data is not None or tasks:
+            raise ValueError("--eval-command takes the place of --data and --task; give one or the other.")
+        return CommandPlan(command, timeout)
+    if data is None and not tasks:
+        return None
+    require("watch")
+    if data is not None and Path(data).expanduser().is_file():
+        data = str(Path(data).expanduser().resolve())
+    return HeldOutPlan(
+        data, tuple(tasks), sequences=sequences, length=length, batch_size=batch_size, device=device, dtype=dtype
+    )
 
 
 def _print(row: dict[str, Any]) -> None:

@@ -161,7 +161,7 @@ class Averages:
 
     @contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
-        """The present averages, which stay readable inside the ``with`` block whatever is absorbed meanwhile.
+        """Yield the present averages, which stay readable inside the block whatever is absorbed meanwhile.
 
         Raises:
             CheckpointError: before θ_0 and one more checkpoint were absorbed.

@@ -7,9 +7,10 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from lagless._version import __version__
@@ -24,9 +25,10 @@ from lagless.checkpoints import (
     sidecar_files,
 )
 from lagless.rules import anchor, effective_iterates, mean_age, rule_to_dict, schedule_of
-from lagless.watch._snapshot import Snapshot
+from lagless.watch._snapshot import LIVE, Snapshot
 
 _LIST = "models.json"
+CANDIDATE = "candidate-"
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,10 @@ class Models:
 
     def __init__(self, out: Path, keep: int = 1, dtype: str = "auto", max_shard_size: int | str = "5GB") -> None:
         self._out, self._keep, self._dtype, self._max_shard_size = out, keep, dtype, max_shard_size
-        self.folder = out / "models"
+        self.folder, self._lock = out / "models", Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.kept = list(self._read())
-        self._tidy()
+        self._tidy(first=True)
 
     @property
     def best(self) -> Path:
@@ -90,22 +92,54 @@ class Models:
             text = json.dumps(provenance(snapshot, name, self._dtype), indent=2, ensure_ascii=False)
             writer.write_texts(RECORD, [text + "\n"])
 
-    def consider(self, snapshot: Snapshot, name: str, loss: float | None) -> bool:
+    @contextmanager
+    def candidate(self, snapshot: Snapshot, name: str) -> Iterator[Path]:
+        """Write an average, or with ``"live"`` the checkpoint, as a model folder for the length of the ``with`` block.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        folder = self.folder / f"{CANDIDATE}{name}"
+        try:
+            self.write(snapshot, name, folder)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def consider(self, snapshot: Snapshot, name: str, loss: float | None, written: Path | None = None) -> bool:
         """Keep an average if it is among the best; without a loss, the newest counts as best.
+
+        Args:
+            snapshot: the averages.
+            name: which one.
+            loss: that it has.
+            written: a folder that holds it already, which is taken over.
 
         Returns:
             Whether it is the best of all now.
         """
+        with self._lock:
+            return self._consider(snapshot, name, loss, written)
+
+    def _consider(self, snapshot: Snapshot, name: str, loss: float | None, written: Path | None) -> bool:
         model = Model(name, snapshot.step, loss, f"{name}-{snapshot.step}")
         ranked = sorted([m for m in self.kept if m.folder != model.folder] + [model], key=_rank)[: self._keep]
         if model not in ranked:
             return False
-        self.write(snapshot, name, self.folder / model.folder)
+        place = self.folder / model.folder
+        if written is None or place.exists():
+            self.write(snapshot, name, place)
+        else:
+            os.rename(written, place)
         self._replace(ranked)
         return ranked[0] == model
 
     def forget_from(self, step: int) -> None:
         """Rank models of a branch that the run has left behind all others; they stay until there are others."""
+        with self._lock:
+            self._forget_from(step)
+
+    def _forget_from(self, step: int) -> None:
         kept = [replace(model, stale=model.stale or model.step >= step) for model in self.kept]
         if kept != self.kept:
             self._replace(sorted(kept, key=_rank))
@@ -120,13 +154,13 @@ class Models:
         self.kept = ranked
         self._tidy()
 
-    def _tidy(self) -> None:
+    def _tidy(self, first: bool = False) -> None:
         """Let the link lead to the best model, then remove what is not kept."""
         if self.kept:
             _link(self.best, Path("models") / self.kept[0].folder)
         names = {model.folder for model in self.kept}
         for path in self.folder.iterdir():
-            if path.name not in names:
+            if path.name not in names and not (path.name.lstrip(".").startswith(CANDIDATE) and not first):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
     def _read(self) -> Iterator[Model]:
@@ -154,7 +188,10 @@ def keep_companions(checkpoint: Checkpoint, out: Path) -> None:
 
 def provenance(snapshot: Snapshot, name: str, dtype: str) -> dict[str, Any]:
     """What ``lagless.json`` says of an average, as that of ``lagless average`` does."""
-    rule, steps = snapshot.record.rules[name], snapshot.steps
+    steps = snapshot.steps
+    if name == LIVE:
+        return {"lagless": __version__, "name": LIVE, "step": steps[-1], "rule": None, "dtype": dtype}
+    rule = snapshot.record.rules[name]
     weights, history = snapshot.weights(name), snapshot.record.history[: len(snapshot.steps)]
     begin = anchor(rule, steps)
     return {

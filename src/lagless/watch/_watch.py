@@ -14,9 +14,12 @@ from typing import Any
 from lagless.checkpoints import Checkpoint, CheckpointError, find_checkpoints, fingerprint
 from lagless.rules import Rule
 from lagless.watch._averages import Averages, NonFiniteError
+from lagless.watch._command import CommandEvaluation
+from lagless.watch._evaluations import Evaluations
 from lagless.watch._lock import only_watcher
 from lagless.watch._metrics import Metrics
 from lagless.watch._models import Models, keep_companions
+from lagless.watch._plans import CommandPlan, Evaluate, HeldOutPlan
 from lagless.watch._record import PassedOver
 from lagless.watch._scan import Seen, Settling, logged_losses, look, stamp_of_files, weight_stamp
 from lagless.watch._timeline import Absorb, PassOver, Pending, RollBack, Verify, decide, stale, went_back_to
@@ -39,6 +42,8 @@ class Settings:
         keep: averaged models that are kept.
         dtype: type of the weights of models written.
         max_shard_size: of models written.
+        evaluate: what measures models; None for nothing.
+        evaluate_every: steps from one evaluation to the next at least.
     """
 
     start: Path | None = None
@@ -49,6 +54,8 @@ class Settings:
     keep: int = 1
     dtype: str = "auto"
     max_shard_size: int | str = "5GB"
+    evaluate: HeldOutPlan | CommandPlan | None = None
+    evaluate_every: int = 0
 
 
 class Watch:
@@ -80,14 +87,25 @@ class Watch:
         self.sinks, self.pending = list(sinks), list[Pending]()
         self._settling = Settling(settings.settle, clock)
         self._stack, self._told = ExitStack(), set[tuple[str, str]]()
+        self.evaluations: Evaluations | None = None
 
     def __enter__(self) -> Watch:
         with ExitStack() as stack:
             stack.enter_context(only_watcher(self.out))
             self.metrics = Metrics(self.out)
-            self.averages = Averages(self.out / "state", self._rules, self.settings.keep_states)
-            self.models = Models(self.out, self.settings.keep, self.settings.dtype, self.settings.max_shard_size)
+            settings = self.settings
+            keep_live = settings.evaluate is not None
+            self.averages = Averages(self.out / "state", self._rules, settings.keep_states, keep_live)
+            self.models = Models(self.out, settings.keep, settings.dtype, settings.max_shard_size)
+            if settings.evaluate is not None:
+                self.evaluations = Evaluations(
+                    self._evaluation(settings.evaluate), self.models, self.write, settings.evaluate_every
+                )
+                stack.callback(self.evaluations.close)
             self._stack = stack.pop_all()
+        evaluated = [row["step"] for row in self.metrics.rows() if row.get("event") == "evaluated"]
+        if self.evaluations is not None and self.averages.record.steps[-1:] > evaluated[-1:]:
+            self._make_models()  # the evaluation that was going on when the last watch ended
         return self
 
     def __exit__(self, *details: Any) -> None:
@@ -127,7 +145,9 @@ class Watch:
         return False
 
     def finish(self) -> None:
-        """Complete what is still going on, before the end."""
+        """Block until what waits for evaluation is evaluated."""
+        if self.evaluations is not None:
+            self.evaluations.finish()
 
     def tell(self, event: str, text: str, *, once: bool = False, key: str | None = None, **more: Any) -> None:
         """Write down that something happened, and pass it on.
@@ -258,7 +278,20 @@ class Watch:
         except (CheckpointError, OSError):
             return []
 
+    def _evaluation(self, plan: HeldOutPlan | CommandPlan) -> Evaluate:
+        if isinstance(plan, CommandPlan):
+            return CommandEvaluation(plan, lambda: self.evaluations is not None and self.evaluations.stopping)
+        from lagless.watch._held_out import HeldOutEvaluation  # imports transformers
+
+        return HeldOutEvaluation(plan, self.out / "state" / "companions")
+
     def _make_models(self) -> None:
+        if self.evaluations is not None:
+            with ExitStack() as held:
+                snapshot = held.enter_context(self.averages.snapshot())
+                if snapshot.readable():
+                    self.evaluations.submit(snapshot, held.pop_all())
+            return
         name = next(iter(self.averages.rules))
         try:
             with self.averages.snapshot() as snapshot:
