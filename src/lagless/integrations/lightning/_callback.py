@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 
 from lagless.averaging import Attachment, Averager
+from lagless.integrations._noise import LOGGED, NoiseLog
 from lagless.integrations._optimizers import averaged_optimizer, training_weights
 from lagless.integrations.lightning._checkpoint import STATE_KEY
 from lagless.integrations.lightning._export import check_export, export, withdraw
@@ -49,6 +50,9 @@ class AveragingCallback(Callback):
         export: the folder for averaged models; True for ``averaged`` in the run's log folder, False for none.
         on_missing_state: what to do when ``fit`` resumes from a checkpoint without averages: ``"refuse"``, or
             ``"restart"`` them at that step (with several optimizers: at step 0).
+        gradient_noise: log the gradient noise scale as ``train/noise_scale``, in samples, by a
+            :class:`lagless.GradientNoise` beside the optimizer; a number is that of samples in a microbatch, which the
+            data loader knows otherwise. Bias-corrected optimizers have it anyway.
         options: of the :class:`lagless.Averager`: ``dtype``, ``device``, ``start``, ``seed``, ``compile``.
 
     Attributes:
@@ -74,6 +78,7 @@ class AveragingCallback(Callback):
         optimizer: int | None = None,
         export: bool | str | PathLike[str] = True,
         on_missing_state: Literal["refuse", "restart"] = "refuse",
+        gradient_noise: bool | float = False,
         **options: Any,
     ) -> None:
         if on_missing_state not in ("refuse", "restart"):
@@ -85,6 +90,7 @@ class AveragingCallback(Callback):
         self._export = export
         self._on_missing_state = on_missing_state
         self._options = options
+        self._noise = NoiseLog(gradient_noise)
         self._attachment: Attachment | None = None
         self._own: AveragedOptimizer | None = None
         self._loaded: Any = None
@@ -135,6 +141,20 @@ class AveragingCallback(Callback):
                 check_export(folder, name)
         if self.averager is not None:
             self._attachment = self.averager.attach(optimizer)
+        size = getattr(trainer.train_dataloader, "batch_size", None)
+        self._noise.begin(
+            optimizer,
+            pl_module,
+            batch=size if isinstance(size, int) else None,
+            microbatches=trainer.accumulate_grad_batches if pl_module.automatic_optimization else 2,
+            ranks=trainer.world_size,
+            shifted=True,
+        )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Log the gradient noise scale, as often as Lightning logs steps."""
+        if trainer.global_step % trainer.log_every_n_steps == 0 and (scale := self._noise.value()) is not None:
+            pl_module.log(f"train/{LOGGED}", scale)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move before the callbacks that monitor metrics, and behind the progress bar, which counts each pass alone."""
@@ -265,6 +285,7 @@ class AveragingCallback(Callback):
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
+        self._noise.end()
 
 
 def _step_of(holder: Averager | AveragedOptimizer) -> int:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from lagless.averaging import Attachment, Averager, HoldsAverages
 from lagless.checkpoints import check_destination
 from lagless.integrations._exports import describe, export_folder, remove_export
+from lagless.integrations._noise import LOGGED, NoiseLog
 from lagless.integrations._optimizers import averaged_optimizer, training_weights
 from lagless.integrations.distributed import export_model
 from lagless.integrations.transformers._caller import BoundTrainer, calling_trainer
@@ -60,6 +61,9 @@ class AveragingCallback(TrainerCallback):
             them at that step.
         merged_lora: for a PEFT model, average the update BA of each LoRA layer instead of A and B, and take its nearest
             adapter of the same rank. Costs a float32 copy of the adapted layers' weights per buffer.
+        gradient_noise: log the gradient noise scale as ``noise_scale`` (``train/noise_scale`` in TensorBoard and
+            elsewhere), in sequences, by a :class:`lagless.GradientNoise` beside the optimizer; a number is that of
+            samples in a microbatch. Bias-corrected optimizers have it anyway.
         options: of the :class:`lagless.Averager`: ``dtype``, ``device``, ``start``, ``seed``, ``compile``.
 
     Attributes:
@@ -82,6 +86,7 @@ class AveragingCallback(TrainerCallback):
         export_at_save: bool = False,
         on_missing_state: Literal["refuse", "restart"] = "refuse",
         merged_lora: bool = False,
+        gradient_noise: bool | float = False,
         **options: Any,
     ) -> None:
         if on_missing_state not in ("refuse", "restart"):
@@ -92,6 +97,7 @@ class AveragingCallback(TrainerCallback):
         self._evaluate = [evaluate] if isinstance(evaluate, str) else evaluate
         self._export_at_save = export_at_save
         self._on_missing_state = on_missing_state
+        self._noise = NoiseLog(gradient_noise)
         self._attachment: Attachment | None = None
         self._own: OptimizerAverage | None = None
         self._bound: BoundTrainer | None = None
@@ -144,6 +150,14 @@ class AveragingCallback(TrainerCallback):
             self._begin(trainer, state, model, checkpoint)
         self._check(trainer)
         self._attachment = None if self.averager is None else self.averager.attach(optimizer)
+        self._noise.begin(
+            optimizer,
+            model,
+            batch=args.train_batch_size,
+            microbatches=args.gradient_accumulation_steps,
+            ranks=args.world_size,
+            shifted=not getattr(getattr(model, "config", None), "is_encoder_decoder", False),
+        )
         self._training, self._saved_step = True, None
         # First in line at on_evaluate, so that early stopping finds the averages' metrics wherever it was listed.
         callbacks = trainer.callback_handler.callbacks
@@ -195,6 +209,19 @@ class AveragingCallback(TrainerCallback):
             self._evaluate_averages(state, kwargs["model"], kwargs["metrics"])
         if self._training and self._own is not None:
             self._own.optimizer.train()  # so that a checkpoint holds the live weights
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the gradient noise scale to what is logged with the training loss."""
+        if self._training and logs is not None and "loss" in logs and (scale := self._noise.value()) is not None:
+            logs[LOGGED] = scale
+            state.log_history[-1][LOGGED] = scale
 
     def on_predict(
         self,
@@ -249,6 +276,7 @@ class AveragingCallback(TrainerCallback):
         if not self._training:
             return
         trainer, _ = self._caller(state)
+        self._noise.end()
         self._training = False
         best = _best(args, state)
         if best is not None:

@@ -28,14 +28,14 @@ def weigh_by_tokens(
     Args:
         optimizer: one, or who watches its gradients; is not kept alive.
         announce: is called with the optimizer and the number.
-        model: called with ``labels``.
+        model: called with ``labels``; those of one dimension are of whole samples, and no tokens.
         shifted: whether labels are shifted by one position in the loss.
     """
     owner = weakref.ref(optimizer)
 
     def weigh(module: nn.Module, _: Any, arguments: dict[str, Any]) -> None:
         alive, labels = owner(), arguments.get("labels")
-        if alive is None or labels is None or not (module.training and torch.is_grad_enabled()):
+        if alive is None or labels is None or labels.dim() < 2 or not (module.training and torch.is_grad_enabled()):
             return
         if arguments.get("num_items_in_batch") is not None:
             tokens = (labels[..., 1:] if shifted else labels).ne(-100).sum()
