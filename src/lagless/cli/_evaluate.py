@@ -37,8 +37,9 @@ def evaluate(
     rule: RuleNames = [],  # noqa: B006
     grid: Grid = [],  # noqa: B006
     at: Annotated[
-        str | None, typer.Option(help="Steps of a run, e.g. 100,200, or all. Default: all; with --rule the last.")
-    ] = None,
+        list[str],
+        typer.Option(help="Steps of a run, e.g. 100,200, or all; may be repeated. Default: all; with --rule the last."),
+    ] = [],  # noqa: B006
     output: Output = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts per task or subject. Default: 128, 64 or 64.")] = None,
     samples: Annotated[int, typer.Option(help="Responses per prompt, at temperature 1.")] = 50,
@@ -49,13 +50,24 @@ def evaluate(
     chat: Annotated[bool, typer.Option(help="Put prompts through the tokenizer's chat template.")] = False,
     backend: Annotated[Literal["hf", "vllm"], typer.Option(help="What generates.")] = "hf",
     batch_size: BatchSize = 16,
-    dtype: Annotated[str, typer.Option(help="Type of the weights in memory: float32, bfloat16, float16.")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, float16. Default: float32; under vLLM the checkpoints' own."),
+    ] = None,
     device: Device = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=0.01, max=1.0, help="Share of each GPU's memory that vLLM may take.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="vLLM's longest prompt with response, in tokens.")
+    ] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(min=1, help="GPUs that vLLM divides a model among.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Evaluate models, checkpoints, and averages of a run in memory: held-out loss and closed-loop accuracy.
 
-    With --rule, averages of a run are evaluated without being written. Differences are to the first row, paired.
+    With --rule, averages of a run are evaluated in memory, or under vLLM from a temporary folder, one after another.
+    Differences are to the first row, paired.
     """
     require("evaluate")
     from lagless.lab.evaluate import EvaluationPlan, evaluate_models, swings, write_results
@@ -77,10 +89,19 @@ def evaluate(
         batch_size,
         dtype,
         device,
+        {
+            name: value
+            for name, value in (
+                ("gpu_memory_utilization", gpu_memory),
+                ("max_model_len", max_model_len),
+                ("tensor_parallel_size", tensor_parallel),
+            )
+            if value is not None
+        },
     )
     rows: list[Row] = []
     choose = (lambda trajectory: chosen_rules(trajectory.steps, rule, settings, grid)) if rule else None
-    for row in evaluate_models(models, plan, choose, "all" if at == "all" else integers("--at", at)):
+    for row in evaluate_models(models, plan, choose, _steps(at)):
         rows.append(row)
         err.print(f"evaluated {_label(row)}", highlight=False, markup=False)
     _print_rows(rows)
@@ -95,6 +116,13 @@ def evaluate(
     if output is not None:
         write_results(output, plan, rows)
         out.print(f"written to {output}", highlight=False, markup=False)
+
+
+def _steps(at: list[str]) -> list[int] | Literal["all"] | None:
+    """Return the steps of all ``--at``, each once."""
+    if "all" in at:
+        return "all"
+    return list(dict.fromkeys(step for item in at for step in integers("--at", item) or ())) or None
 
 
 def _sources(data: list[str], tasks: list[str]) -> Mapping[str, str]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from lagless.checkpoints import Trajectory, find_checkpoints, holds_weights
-from lagless.lab.averages import evaluate_averages, load_model
+from lagless.lab.averages import LIVE, evaluate_averages, load_model
 from lagless.lab.environment import commit, machine, versions
 from lagless.lab.evaluation import (
     TASKS,
@@ -24,10 +25,11 @@ from lagless.lab.evaluation import (
     hf_model,
     oscillation,
     sequence_losses,
-    vllm_model,
+    served,
 )
 from lagless.lab.output import write_json
 from lagless.lab.statistics import Mean
+from lagless.posthoc import average_checkpoints
 from lagless.rules import Rule
 
 LOSS = "loss"
@@ -52,8 +54,9 @@ class EvaluationPlan:
         chat: put prompts through the chat template.
         backend: of the harness; vLLM reads models from disk.
         batch_size: sequences or responses at a time.
-        dtype: of the weights in memory.
+        dtype: of the weights in memory; None for float32 with ``"hf"`` and for the checkpoints' own with ``"vllm"``.
         device: None for an accelerator if there is one.
+        engine: arguments of vLLM's engine, such as ``gpu_memory_utilization``.
     """
 
     tasks: tuple[str, ...]
@@ -68,8 +71,9 @@ class EvaluationPlan:
     chat: bool = False
     backend: Literal["hf", "vllm"] = "hf"
     batch_size: int = 16
-    dtype: str = "float32"
+    dtype: str | None = None
     device: str | None = None
+    engine: Mapping[str, int | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for task in (*self.tasks, *self.data):
@@ -83,8 +87,15 @@ class EvaluationPlan:
             raise ValueError("the loss needs held-out data: give a file, or the name of a data set on the hub.")
         if LOSS in self.tasks and self.backend == "vllm":
             raise ValueError("backend='vllm' only generates; evaluate the loss with backend='hf'.")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={self.dtype!r}; it must be float32, bfloat16 or float16.")
+        if self.engine and self.backend != "vllm":
+            raise ValueError(f"{', '.join(self.engine)} are settings of vLLM's engine; give backend='vllm' too.")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type of the weights in memory, of the backend ``"hf"``."""
+        return getattr(torch, self.dtype or "float32")
 
 
 @dataclass(frozen=True)
@@ -144,10 +155,11 @@ class Evaluator:
         """The results of a stored model, by the plan's backend."""
         if self._plan.backend == "vllm":
             assert self._closed_loop is not None  # the plan has checked that there is no loss
-            return dict(self._closed_loop(vllm_model(folder, self._plan.seed, dtype=self._plan.dtype)))
+            with served(folder, self._plan.seed, dtype=self._plan.dtype or "auto", **self._plan.engine) as lm:
+                return dict(self._closed_loop(lm))
         from transformers import AutoModelForCausalLM
 
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, self._plan.dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self._plan.torch_dtype)
         return self(model.eval().to(self._plan.device or torch.accelerator.current_accelerator() or "cpu"))
 
 
@@ -172,7 +184,7 @@ def evaluate_models(
     Raises:
         CheckpointError: if a run is damaged.
         ValueError: if a folder holds no model, its tokenizer is missing or differs from the first one's, or ``rules``
-            are given without a run or with vLLM.
+            are given without a run.
     """
     evaluator, vocabulary = None, None
     for source, folders in [(source, _models(source)) for source in sources]:
@@ -198,17 +210,33 @@ def _of_run(
     at: Sequence[int] | Literal["all"] | None,
 ) -> Iterator[Row]:
     steps = trajectory.steps if at == "all" or (at is None and rules is None) else at
-    if plan.backend == "vllm":
-        if rules is not None:
-            raise ValueError("backend='vllm' reads models from disk; write the averages with lagless average first.")
-        for checkpoint, step in zip(trajectory.checkpoints, trajectory.steps, strict=True):
-            if steps is None or step in steps:
-                yield Row("live", step, evaluator.stored(checkpoint.folder))
-        return
-    model = load_model(trajectory, plan.device, getattr(torch, plan.dtype))
     named = {} if rules is None else rules(trajectory)
+    if plan.backend == "vllm":
+        yield from _stored(trajectory, evaluator, plan, named, trajectory.steps[-1:] if steps is None else steps)
+        return
+    model = load_model(trajectory, plan.device, plan.torch_dtype)
     for found in evaluate_averages(trajectory, named, evaluator, at=steps, model=model):
         yield Row(found.name, found.step, found.result)
+
+
+def _stored(
+    trajectory: Trajectory, evaluator: Evaluator, plan: EvaluationPlan, rules: Mapping[str, Rule], steps: Sequence[int]
+) -> Iterator[Row]:
+    """Evaluate checkpoints, and averages that are written to a temporary folder one at a time."""
+    if trajectory.checkpoints[-1].is_adapter:
+        raise ValueError(
+            f"{trajectory.checkpoints[-1].path} is an adapter, which vLLM serves beside its base model only. Merge "
+            "adapters into the base model first (merge_and_unload of peft), and evaluate those."
+        )
+    folders = dict(zip(trajectory.steps, (checkpoint.folder for checkpoint in trajectory.checkpoints), strict=True))
+    if unknown := [step for step in steps if step not in folders]:
+        raise ValueError(f"at={unknown[0]}: the run has checkpoints at {', '.join(map(str, folders))}.")
+    for step in steps:
+        yield Row(LIVE, step, evaluator.stored(folders[step]))
+        for name, rule in rules.items():
+            with tempfile.TemporaryDirectory(prefix="lagless-") as place:
+                average_checkpoints(trajectory, rule, Path(place) / name, at=step, dtype=plan.dtype or "auto")
+                yield Row(name, step, evaluator.stored(Path(place) / name))
 
 
 def swings(rows: Sequence[Row], samples: int) -> dict[str, dict[str, Oscillation]]:

@@ -105,5 +105,45 @@ def test_choice(text, letter):
     assert extract_choice(text, CHOICES) == letter
 
 
+REJECTIONS = [
+    "{0} is wrong. So it is {1}",
+    "{0} is incorrect, so {1}",
+    "{0} is clearly not possible. {1}",
+    "{0} cannot be right. The answer is {1}.",
+    "The answer is not {0} but {1}",
+    "Not {0}. The answer: {1}",
+    "The answer is not {0}. The answer is {1}.",
+    "The answer is {1}, not {0}.",
+    "Rather than {0}, the answer is {1}",
+]
+
+
+@pytest.mark.parametrize("form", ["{}", "({})", "Option {}"])
+@pytest.mark.parametrize("text", REJECTIONS)
+def test_a_rejected_choice_is_no_answer(text, form):
+    for wrong in "ABCD":
+        for right in set("ABCD") - {wrong}:
+            assert extract_choice(text.format(form.format(wrong), form.format(right)), CHOICES) == right, (wrong, right)
+
+
+@pytest.mark.parametrize("text", REJECTIONS)
+def test_a_rejected_number_or_word_is_no_answer(text):
+    for wrong in ("5", "7", "1,200", "$3.50", "-2"):
+        for right in {"5", "7", "1,200", "$3.50", "-2"} - {wrong}:
+            expected = Fraction(right.replace(",", "").replace("$", ""))
+            assert extract_number(text.format(wrong, right)) == expected, (wrong, right)
+    for wrong, right in (("yes", "no"), ("No", "Yes"), ("true", "false")):
+        assert extract_yes_no(text.format(wrong, right)) is (right in ("Yes", "true")), (wrong, right)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [("A is correct.", "A"), ("A is the right one", "A"), ("It is not D.", None), ("A is wrong.", None),
+     ("A is not only possible, it is correct. The answer is A", "A"), ("C since A is wrong", "C")],
+)  # fmt: skip
+def test_what_is_left_when_something_is_rejected(text, letter):
+    assert extract_choice(text, CHOICES) == letter
+
+
 def test_a_choice_whose_text_contains_another_is_the_longer_one():
     assert extract_choice("The answer is the red car.", ["red", "the red car", "blue"]) == "B"

@@ -215,5 +215,5 @@ def test_bad_requests_are_refused_before_anything_runs(data, tmp_path):
         ClosedLoop(["gsm8k"], {"gsm8k": str(tmp_path / "odd.jsonl")}, prompts=1)
     with pytest.raises(ValueError, match="has only about"):
         ClosedLoop(["arithmetic"], prompts=1000)
-    with pytest.raises(ImportError, match="pip install vllm"):
+    with pytest.raises(ImportError, match=r"pip install .lagless\[vllm\]"):
         vllm_model("folder")

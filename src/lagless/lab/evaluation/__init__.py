@@ -11,7 +11,6 @@ from lagless.lab.evaluation._closed_loop import (
     ClosedLoop as ClosedLoop,
     Score as Score,
     hf_model as hf_model,
-    vllm_model as vllm_model,
 )
 from lagless.lab.evaluation._held_out import (
     Window as Window,
@@ -21,3 +20,4 @@ from lagless.lab.evaluation._held_out import (
 )
 from lagless.lab.evaluation._loss import Losses as Losses, Sequences as Sequences, sequence_losses as sequence_losses
 from lagless.lab.evaluation._oscillation import Oscillation as Oscillation, oscillation as oscillation
+from lagless.lab.evaluation._vllm import served as served, vllm_model as vllm_model

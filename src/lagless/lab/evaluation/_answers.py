@@ -1,7 +1,8 @@
 """The answer in what a model wrote: a number, one of some choices, or yes and no.
 
 An answer that is marked (``#### 18``, ``\\boxed{18}``, ``The answer is 18.``) counts before one that is only there.
-Where nothing can be taken for an answer the result is None, which is wrong to every question.
+What is named to be rejected ("A is wrong. So it is D") is no answer. Where nothing can be taken for one the result is
+None, which is wrong to every question.
 """
 
 from __future__ import annotations
@@ -17,6 +18,16 @@ _NUMBER = re.compile(
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _HASHES = re.compile(r"####\s*([^\n]*)")
 _STATED = re.compile(r"\banswer\b(?:[^.\n:=]{0,40}?\b(?:is|are|was|be)\b\s*:?|[^.\n:=]{0,40}[:=])\s*", re.IGNORECASE)
+_ANY = r"(?:\(?\b[A-J]\b\)?|[-−]?\$?\d[\d,.]*\d\b|[-−]?\$?\d\b|\b(?:yes|no|true|false)\b)"
+_REJECTED = re.compile(
+    rf"\b(?:not|neither|nor|never|rather than|instead of|excludes?|eliminates?|rules? out)\s+(?:the\s+answer\s+)?"
+    rf"(?:(?:option|choice)\s+)?{_ANY}"
+    rf"|(?:\b(?:option|choice)\s+)?{_ANY}[).,:]?\s+(?:is|was|are|would be|must be|seems|looks)\s+"
+    r"(?:(?:also|clearly|obviously|therefore|thus|definitely|probably|simply|just)\s+)?"
+    r"(?:not\b(?!\s+only)|wrong|incorrect|false|impossible|out|ruled out|eliminated|excluded)\b[^.;,\n]*"
+    rf"|(?:\b(?:option|choice)\s+)?{_ANY}[).,:]?\s+(?:isn't|wasn't|can't|cannot|doesn't|does not|won't)\b[^.;,\n]*",
+    re.IGNORECASE,
+)
 _YES_NO = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
 
 
@@ -28,7 +39,7 @@ def extract_number(text: str) -> Fraction | None:
     >>> extract_number("I cannot say.") is None
     True
     """
-    text = _plain(text)
+    text = _without_rejected(_plain(text))
     if (marked := _HASHES.search(text)) and (found := next(_numbers(marked[1]), None)) is not None:
         return found  # what follows the mark is no longer about this question
     for part in _marked(text):
@@ -43,7 +54,7 @@ def extract_yes_no(text: str) -> bool | None:
     >>> extract_yes_no("Yes, it does."), extract_yes_no("It is hard to know.")
     (True, None)
     """
-    text = _plain(text)
+    text = _without_rejected(_plain(text))
     for part in _marked(text):
         if found := _YES_NO.search(part):
             return _is_yes(found)
@@ -63,7 +74,7 @@ def extract_choice(text: str, choices: Sequence[str]) -> str | None:
     >>> extract_choice("The answer is (B).", ["red", "green"]), extract_choice("green", ["red", "green"])
     ('B', 'B')
     """
-    text, letters = _plain(text), "".join(chr(ord("A") + i) for i in range(len(choices)))
+    text, letters = _without_rejected(_plain(text)), "".join(chr(ord("A") + i) for i in range(len(choices)))
     one = f"[{letters}]"
     either = f"[{letters}{letters.lower()}]"
     at_start = (
@@ -89,6 +100,11 @@ def _plain(text: str) -> str:
     text = re.sub(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1/\2", text)
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text)
     return text.replace("{,}", ",").replace(r"\$", "$").replace(r"\%", "%").strip()
+
+
+def _without_rejected(text: str) -> str:
+    """Without answers that are named to be rejected: "A is wrong", "not 5 but 7"."""
+    return _REJECTED.sub(" ", text).strip()
 
 
 def _marked(text: str) -> Iterator[str]:

@@ -88,7 +88,7 @@ class ClosedLoop:
         max_new_tokens: int | None = None,
         chat: bool = False,
     ) -> None:
-        _require_harness()
+        require_harness()
         data = dict(data or {})
         for name in (*tasks, *data):
             if name not in TASKS:
@@ -117,7 +117,7 @@ class ClosedLoop:
         self._tasks[name] = loaded.get("groups", {}).get(_PREFIX + name) or loaded["tasks"][_PREFIX + name]
 
     def __call__(self, lm: LM) -> dict[str, Score]:
-        """The scores of a model of the harness, by task; make one with :func:`hf_model` or :func:`vllm_model`.
+        """The scores of a model of the harness, by task; make one with :func:`hf_model` or ``vllm_model``.
 
         Raises:
             ValueError: if prompts are to go through a chat template that the tokenizer does not have.
@@ -148,33 +148,15 @@ def hf_model(model: Any, tokenizer: Any, batch_size: int = 64) -> LM:
         tokenizer: its tokenizer.
         batch_size: responses at a time.
     """
-    _require_harness()
+    require_harness()
     from lm_eval.models.huggingface import HFLM
 
     with _quiet():
         return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[call-arg]
 
 
-def vllm_model(folder: str | Path, seed: int = 0, **arguments: Any) -> LM:
-    """A stored model under vLLM, for :class:`ClosedLoop`.
-
-    Args:
-        folder: a model folder or hub name.
-        seed: of vLLM's sampling.
-        arguments: further ones of the harness's vLLM model, such as ``tensor_parallel_size``.
-
-    Raises:
-        ImportError: without vLLM.
-    """
-    _require_harness()
-    if importlib.util.find_spec("vllm") is None:
-        raise ImportError("the vllm backend needs vLLM: pip install vllm; or evaluate with the hf backend.")
-    from lm_eval.api.registry import get_model
-
-    return get_model("vllm").create_from_arg_obj({"pretrained": str(folder), "seed": seed, **arguments})
-
-
-def _require_harness() -> None:
+def require_harness() -> None:
+    """Refuse to go on without the packages of the extra ``eval``."""
     for module in ("lm_eval", "transformers", "datasets"):
         if importlib.util.find_spec(module) is None:
             raise ImportError(f"closed-loop evaluation needs {module}: pip install 'lagless[eval]'")
