@@ -24,6 +24,7 @@ from lagless.rules import (
     Rule as Rule,
     UniformAverage as UniformAverage,
     WarmupAverage as WarmupAverage,
+    WarmupEMA as WarmupEMA,
     WindowAverage as WindowAverage,
     anchor as anchor,
     count_updates as count_updates,

@@ -96,6 +96,7 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
     "PowerEMA": ("karras",),
     "DecayAverage": ("wsm",),
     "WarmupAverage": ("schedulefree",),
+    "WarmupEMA": ("polyak",),
     "PACE": ("pace",),
     "PrimalAveraging": ("schedulefree", "gpa"),
     "Pullback": ("pace",),

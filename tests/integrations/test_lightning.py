@@ -645,7 +645,7 @@ def test_each_of_several_pretrained_models_has_its_folder(tmp_path):
 
     fit(tmp_path, AveragingCallback(EMA(decay=0.8), export=tmp_path / "out"), module=Pair(), max_steps=2)
     found = [path.name for path in sorted((tmp_path / "out" / "ema").iterdir())]
-    assert found == ["lagless.json", "model", "other"]
+    assert found == ["README.md", "lagless.json", "model", "other"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "ema" / "other")
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lagless import BEMA, EMA, Averager
 from lagless.averaging import HoldsAverages
-from lagless.integrations._exports import record_text
+from lagless.integrations._exports import as_text, describe
 from lagless.optim import PACE, PrimalAveraging, Pullback
 from lagless.rules import rule_from_dict
 
@@ -163,5 +163,5 @@ def test_an_export_of_groups_with_rules_of_their_own_lists_these(tmp_path):
     groups = [{"params": m.parameters(), "average": r} for m, r in zip((first, second), rules, strict=True)]
     optimizer = PACE(groups, lr=0.1)
     train(nn.Sequential(first, second), optimizer)
-    record = json.loads(record_text(optimizer, "pace"))
+    record = json.loads(as_text(describe(optimizer, "pace")))
     assert [rule_from_dict(rule) for rule in record["rule"]] == rules and record["updates"] == 5

@@ -119,7 +119,7 @@ def test_overwrite_replaces_only_what_is_complete(make_run: Make, tmp_path: Path
         average_checkpoints(run, EMA(), out, overwrite=True)
     assert fingerprint(out / "a") == before
     average_checkpoints(run, EMA(), out, overwrite=True, allow_nonfinite=True)
-    assert files_under(out) == ["config.json", "lagless.json", "model.safetensors"]
+    assert files_under(out) == ["README.md", "config.json", "lagless.json", "model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
@@ -220,7 +220,8 @@ def test_peft_loads_the_average_of_adapters(tmp_path: Path) -> None:
         base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
         peft.get_peft_model(base, settings).save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
     average_checkpoints(tmp_path / "run", EMA(decay=0.5), tmp_path / "out", max_shard_size=10)
-    assert files_under(tmp_path / "out") == ["adapter_config.json", "adapter_model.safetensors", "lagless.json"]
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors", "lagless.json"]
+    assert files_under(tmp_path / "out") == files
     base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
     model = peft.PeftModel.from_pretrained(base, tmp_path / "out")
     found = peft.get_peft_model_state_dict(model)

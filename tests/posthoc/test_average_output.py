@@ -69,7 +69,7 @@ def test_permissions_are_those_of_the_checkpoints_or_fewer(run: Path, tmp_path: 
         file.chmod(0o600)
     average_checkpoints(run, {"a": RULE, "b": RULE}, tmp_path / "out")
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert len(files) == 5 and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+    assert len(files) == 7 and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
 
 def test_of_two_averages_for_one_new_folder_the_first_wins(run: Path, tmp_path: Path) -> None:

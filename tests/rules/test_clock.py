@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lagless
-from lagless import BEMA, DEMA, EMA, OUEMA, PowerEMA, UniformAverage, WindowAverage
+from lagless import BEMA, DEMA, EMA, OUEMA, PowerEMA, UniformAverage, WarmupEMA, WindowAverage
 from lagless.optim._average_step import average_step, average_step_on_device, coefficients
 from lagless.rules import Tick, UpdateSchedule, read_after, ticks
 from lagless.theory.trajectories._run import moves
@@ -24,6 +24,7 @@ RULES = [
     lambda **clock: UniformAverage(**clock),
     lambda **clock: PowerEMA(**clock),
     lambda **clock: WindowAverage(window=3, **clock),
+    lambda **clock: WarmupEMA(**clock),
 ]
 ON_DEVICE = [
     lambda **clock: EMA(decay=0.9, **clock),

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given, strategies as st
 
 import lagless
-from lagless import BEMA, DEMA, EMA, OUEMA, PowerEMA, UniformAverage, WindowAverage, mean_age, trajectory_weights
+from lagless import (
+    BEMA,
+    DEMA,
+    EMA,
+    OUEMA,
+    PowerEMA,
+    UniformAverage,
+    WarmupEMA,
+    WindowAverage,
+    mean_age,
+    trajectory_weights,
+)
 from lagless.rules import Tick, named_rules, rule_from_dict, rule_to_dict
 from lagless.rules._gains import PowerSchedule
 from lagless.testing import RULE_CHECKS
@@ -34,6 +45,10 @@ RULES = [
     UniformAverage(update_freq=2, update_after=3),
     PowerEMA(relative_width=0.1, update_freq=4, update_after=3),
     WindowAverage(window=3, update_freq=2, update_after=1),
+    WarmupEMA(update_freq=2, update_after=3),
+    WarmupEMA(warmup="inverse_gamma", decay=0.8, min_decay=0.3),
+    WarmupEMA(warmup="ramp", tau=5.0, update_freq=3),
+    WarmupEMA(warmup="none", decay=0.9, update_after=2),
 ]
 
 

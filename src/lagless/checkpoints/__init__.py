@@ -5,15 +5,28 @@ from lagless.checkpoints._alike import check_alike as check_alike
 from lagless.checkpoints._atomic_file import atomic_file as atomic_file
 from lagless.checkpoints._atomic_folder import atomic_folder as atomic_folder, check_destination as check_destination
 from lagless.checkpoints._checkpoint import Checkpoint as Checkpoint
-from lagless.checkpoints._contents import RECORD as RECORD, remove_own_files as remove_own_files
+from lagless.checkpoints._contents import (
+    RECORD as RECORD,
+    foreign_files as foreign_files,
+    own_files as own_files,
+    records_average as records_average,
+    remove_own_files as remove_own_files,
+)
 from lagless.checkpoints._descriptors import spare_descriptors as spare_descriptors
 from lagless.checkpoints._errors import CheckpointError as CheckpointError, reporting as reporting
 from lagless.checkpoints._fingerprint import combine_digests as combine_digests, fingerprint as fingerprint
+from lagless.checkpoints._json import read_object as read_object
 from lagless.checkpoints._layout import (
     OUTPUT_DTYPES as OUTPUT_DTYPES,
     Layout as Layout,
     parse_size as parse_size,
     plan_layout as plan_layout,
+)
+from lagless.checkpoints._model_card import (
+    CARD as CARD,
+    base_model_of as base_model_of,
+    is_hub_name as is_hub_name,
+    model_card as model_card,
 )
 from lagless.checkpoints._open import holds_weights as holds_weights, open_checkpoint as open_checkpoint
 from lagless.checkpoints._paths import StrPath as StrPath, absolute_path as absolute_path

@@ -17,6 +17,7 @@ from lagless.cli._console import err, out
 from lagless.cli._demo import demo
 from lagless.cli._evaluate import evaluate
 from lagless.cli._learn import learn_command
+from lagless.cli._push import push
 from lagless.cli._report import report
 from lagless.cli._theory import app as theory
 from lagless.cli._train import recipes, sweep, train
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command("demo")(demo)
 app.command("average")(average)
 app.command("inspect")(inspect_command)
+app.command("push")(push)
 app.command("choose")(choose)
 app.command("report")(report)
 app.command("recipes")(recipes)

@@ -13,8 +13,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from lagless.averaging import Averager, HoldsAverages, gather, plain_name, ranks_of, unwrap
-from lagless.checkpoints import OUTPUT_DTYPES, RECORD, Layout, ModelWriter, TensorInfo, check_destination, plan_layout
-from lagless.integrations._exports import record_text
+from lagless.checkpoints import (
+    CARD,
+    OUTPUT_DTYPES,
+    RECORD,
+    Layout,
+    ModelWriter,
+    TensorInfo,
+    check_destination,
+    model_card,
+    plan_layout,
+)
+from lagless.integrations._exports import as_text, base_model_name, complete, describe
 from lagless.optim import AveragedOptimizer
 
 
@@ -62,7 +72,7 @@ def export_model(
     ranks = ranks_of(tensors.values())
     infos = {key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     layout = plan_layout(infos, dtype, max_shard_size)
-    record = record_text(averager, name, dtype)
+    record = complete({**describe(averager, name), "dtype": dtype})
     with ExitStack() as stack:
         writers: list[ModelWriter] = []
 
@@ -73,7 +83,8 @@ def export_model(
                 _save_companions(module, tokenizer, companions)
                 writer = ModelWriter(out, [""], layout, companions, _one_dtype(layout), overwrite=overwrite)
                 writers.append(stack.enter_context(writer))
-                writers[0].write_texts(RECORD, [record])
+                writers[0].write_texts(RECORD, [as_text(record)])
+                writers[0].write_texts(CARD, [model_card(record, companions, base_model_name(module))])
 
         def write(key: str, whole: Tensor) -> None:
             for writer in writers:

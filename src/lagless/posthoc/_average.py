@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lagless.checkpoints import (
+    CARD,
     NAMES,
     RECORD,
     ModelWriter,
@@ -22,6 +23,7 @@ from lagless.checkpoints import (
     absolute_path,
     check_destination,
     find_checkpoints,
+    model_card,
     permissions_of,
     plan_layout,
     reporting,
@@ -140,8 +142,9 @@ def average_checkpoints(
     """Average the checkpoints of a run by one rule or many, in one pass over the files, into models that
     ``from_pretrained`` loads.
 
-    Beside the weights goes what lies beside the last checkpoint's, but states of training and logs, and
-    ``lagless.json``, which says what the average is made of. Nobody may read more than of the checkpoints.
+    Beside the weights goes what lies beside the last checkpoint's, but states of training and logs,
+    ``lagless.json``, which says what the average is made of, and a model card that says so in words. Nobody may read
+    more than of the checkpoints.
 
     Args:
         run: the run folder, or a list of checkpoints; see :func:`lagless.checkpoints.find_checkpoints`, also for
@@ -205,6 +208,8 @@ def average_checkpoints(
         how = "recursion" if recursive else accumulate
         records = [{**_record(summary, trajectory, prints, how, dtype), **(remarks or {})} for summary in summaries]
         writer.write_texts(RECORD, [json.dumps(record, indent=2, ensure_ascii=False) + "\n" for record in records])
+        folder = source if source.is_dir() else source.parent
+        writer.write_texts(CARD, [model_card(record, folder) for record in records])
     if ranks.rank == 0:
         _warn_of_copies(trajectory, prints)
     return summaries

@@ -68,6 +68,7 @@ from lagless.rules._settings import (
     rules_from_settings as rules_from_settings,
 )
 from lagless.rules._warmup import WarmupAverage as WarmupAverage
+from lagless.rules._warmup_ema import WarmupEMA as WarmupEMA
 from lagless.rules._width import profile_exponent as profile_exponent, rescaled as rescaled
 from lagless.rules._windows import (
     PowerEMA as PowerEMA,

@@ -9,7 +9,7 @@ from torch import nn
 
 from lagless.averaging import HoldsAverages
 from lagless.checkpoints import RECORD, CheckpointError, check_destination
-from lagless.integrations._exports import describe, export_folder, remove_export
+from lagless.integrations._exports import base_model_name, describe, export_folder, remove_export
 from lagless.integrations.lightning._imports import LightningModule, Trainer
 
 
@@ -25,8 +25,9 @@ def export(trainer: Trainer, module: LightningModule, holder: HoldsAverages, fol
     """
     if trainer.is_global_zero:
         check_export(folder, name)
-        with export_folder(folder / name, describe(holder, name)) as temporary:
-            models = _pretrained(module)
+        models = _pretrained(module)
+        base = base_model_name(next(iter(models.values()))) if len(models) == 1 else None
+        with export_folder(folder / name, describe(holder, name), base) as temporary:
             for path, model in models.items():
                 model.save_pretrained(temporary if len(models) == 1 else temporary / path)
             if len(models) == 1:

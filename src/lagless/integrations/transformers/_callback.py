@@ -14,12 +14,12 @@ from transformers.utils import logging
 
 from lagless.averaging import Attachment, Averager, HoldsAverages
 from lagless.checkpoints import check_destination
-from lagless.integrations._exports import describe, export_folder, remove_export
+from lagless.integrations._exports import base_model_name, describe, export_folder, remove_export
 from lagless.integrations._noise import LOGGED, NoiseLog
 from lagless.integrations._optimizers import averaged_optimizer, training_weights
 from lagless.integrations.distributed import export_model
 from lagless.integrations.transformers._caller import BoundTrainer, calling_trainer
-from lagless.integrations.transformers._evaluation import average_of, evaluate_averages, log_average
+from lagless.integrations.transformers._evaluation import average_of, evaluate_averages, log_average, losses_of
 from lagless.integrations.transformers._lora import MergedLoraAverager, is_adapter
 from lagless.integrations.transformers._optimizer_average import OptimizerAverage
 from lagless.integrations.transformers._returned_model import forget_record, record_saves
@@ -432,7 +432,9 @@ class AveragingCallback(TrainerCallback):
             else:
                 with averager.applied(name):
                     if trainer.args.should_save:
-                        with export_folder(out, describe(averager, name)) as temporary:
+                        record = describe(averager, name) | losses_of(trainer, name)
+                        base = base_model_name(trainer.accelerator.unwrap_model(trainer.model))
+                        with export_folder(out, record, base) as temporary:
                             trainer.save_model(str(temporary), _internal_call=True)
                     else:
                         trainer.save_model(str(out), _internal_call=True)  # takes part, writes nothing

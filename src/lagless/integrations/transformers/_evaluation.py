@@ -159,3 +159,14 @@ def log_average(trainer: Trainer, metrics: Mapping[str, float], prefix: str, liv
     for entry in history[before:]:
         rename(entry)
     return added
+
+
+def losses_of(trainer: Trainer, name: str) -> dict[str, Any]:
+    """Return the last evaluation losses of the live model and of an average, and their step, as part of a record."""
+    found: dict[str, Any] = {}
+    for entry in trainer.state.log_history:
+        for key, value in entry.items():
+            if key.startswith("eval_") and key.endswith("_loss") and isinstance(value, (int, float)):
+                if key == "eval_loss" or f"_{name}_loss" in key:
+                    found |= {key: float(value), "step": entry.get("step")}
+    return {"losses": found} if found else {}

@@ -19,8 +19,9 @@ from transformers.utils import logging
 from lagless.averaging import plain_name, unwrap
 from lagless.checkpoints import CheckpointError
 from lagless.execution import is_sharded
-from lagless.integrations._exports import describe, export_folder, remove_export
+from lagless.integrations._exports import base_model_name, describe, export_folder, remove_export
 from lagless.integrations.distributed import export_model
+from lagless.integrations.transformers._evaluation import losses_of
 from lagless.integrations.transformers._lora import is_adapter
 from lagless.integrations.transformers._returned_model import record_saves
 from lagless.optim import AveragedOptimizer
@@ -102,7 +103,8 @@ class OptimizerAverage:
             model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
             export_model(self.optimizer, model, out, tokenizer=tokenizer, overwrite=True)
         elif trainer.args.should_save:
-            with export_folder(out, record) as temporary:
+            base = base_model_name(trainer.accelerator.unwrap_model(trainer.model))
+            with export_folder(out, record | losses_of(trainer, self.name), base) as temporary:
                 trainer.save_model(str(temporary), _internal_call=True)
         else:
             trainer.save_model(str(out), _internal_call=True)  # takes part, writes nothing

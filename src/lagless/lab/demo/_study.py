@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lagless.averaging import Averager
+from lagless.integrations.distributed import export_model
 from lagless.lab.data import Document, train_tokenizer
 from lagless.lab.demo._data import Corpus
 from lagless.lab.demo._evaluate import HeldOut, paired_difference, sample, sequence_losses
@@ -114,9 +115,7 @@ def run_study(plan: Plan, corpus: Corpus, folder: Path, out: Path, display: Disp
     )
     with display.task("saving the averages"):
         for row in rows:
-            with averager.applied(row.candidate.name):
-                model.save_pretrained(folder / "averages" / row.folder)
-            tokenizer.save_pretrained(folder / "averages" / row.folder)
+            export_model(averager, model, folder / "averages" / row.folder, row.candidate.name, tokenizer=tokenizer)
     winner = min(rows, key=lambda row: row.candidate.validation)
     with display.task("writing two samples of text"):
         text = _sample(plan, model, averager, tokenizer, documents["test"], tokens["test"], winner)
