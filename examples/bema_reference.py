@@ -62,7 +62,7 @@ def log_probabilities(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
 def train(steps: int, reference: str) -> tuple[LlamaForCausalLM, Averager]:
     model, start, generator = llama(), llama(), torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    avg = Averager(model, BEMA.paper(update_freq=1), total_steps=steps)
+    avg = Averager(model, BEMA(), total_steps=steps)
     avg.attach(optimizer)
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
     for text in ("LeafSpec", "does not have many workers", "GPU available but not used")
 ]
+pytestmark.append(pytest.mark.filterwarnings("ignore::lagless.rules.AverageWarning"))  # in a run of 16 steps
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -24,6 +27,7 @@ from lagless.averaging import _buffers, _offload
 from lagless.checkpoints import CheckpointError
 from lagless.integrations.lightning import AveragingCallback, load_average
 from lagless.optim import PACE
+from lagless.rules import AverageWarning
 
 from ..processes import launch
 
@@ -802,3 +806,47 @@ def test_the_average_of_an_optimizer_is_validated_and_exported(tmp_path, rules, 
 def test_a_rule_with_the_name_of_the_optimizers_average_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'pace' is the average of the optimizer; rename"):
         fit(tmp_path, AveragingCallback({"pace": EMA()}), module=Pulled())
+
+
+class Scheduled(pl.LightningModule):
+    """Four weights, for a learning rate that a function or a scheduler without one decides."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.weights, self.make = nn.Linear(4, 1), make
+
+    def training_step(self, batch, _):
+        return self.weights(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [{"scheduler": self.make(optimizer), "interval": "step"}]
+
+
+@pytest.mark.parametrize(
+    "make, rules, said",
+    [
+        (lambda o: LambdaLR(o, lambda t: 1.0), None, None),
+        (lambda o: LambdaLR(o, lambda t: 1.0 - t / 16), None, "learning rate ends at 6% of its peak"),
+        (lambda o: ExponentialLR(o, 0.5), None, "learning rate ends at 0% of its peak"),
+        (lambda o: OneCycleLR(o, 0.1, total_steps=17), None, "learning rate ends at 0% of its peak"),
+        (
+            lambda o: LambdaLR(o, lambda t: 1.0),
+            {"bema": BEMA.paper(update_freq=2)},
+            r"average 'bema': .*θ_0 after 16 steps",
+        ),
+    ],
+)
+def test_averages_and_rates_are_warned_of_once(tmp_path, make, rules, said):
+    settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    callback = AveragingCallback(rules, export=False)
+    trainer = pl.Trainer(
+        max_steps=16, default_root_dir=tmp_path, callbacks=[callback], enable_checkpointing=False, **settings
+    )
+    data = DataLoader(TensorDataset(torch.ones(16, 4)), batch_size=1)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", AverageWarning)
+        trainer.fit(Scheduled(make), data)
+    messages = [str(w.message) for w in found if w.category is AverageWarning]
+    assert len(messages) == (said is not None)
+    assert said is None or re.search(said, messages[0])

@@ -18,6 +18,7 @@ from lagless.averaging._attachment import Attachment
 from lagless.averaging._buffers import AverageBuffers
 from lagless.averaging._live import LiveTensors, Source
 from lagless.averaging._live_check import LiveCheck
+from lagless.averaging._notices import Notices
 from lagless.averaging._state import State, buffer_with_low, live_digests, make_state, match
 from lagless.averaging._steppers import Steppers
 from lagless.execution import (
@@ -61,7 +62,8 @@ class Averager:
         start: path of the base checkpoint, if it holds θ_0: BEMA then stores one copy, like an EMA. It is checked to
             equal the live weights now (unless a state is loaded next), and to be unchanged whenever an average is read.
         step: optimizer steps already taken, for an Averager that joins a run.
-        total_steps: length of the run, if known; rules that would never update in it are refused now.
+        total_steps: length of the run, if known; rules that would never update in it are refused now, and those whose
+            average would be mostly the initial model, or no less noisy than one iterate, are warned of.
         seed: of the noise of stochastic rounding.
         compile: update several averages by one kernel of ``torch.compile``, which reads the live weights once and takes
             some seconds at the first update. Pays with two rules or more on an accelerator; on CPUs several averages in
@@ -70,6 +72,11 @@ class Averager:
     Raises:
         ValueError: if there is nothing to average, a name is not usable, ``total_steps`` is too short for a rule, or
             ``start`` does not fit.
+
+    Warns:
+        AverageWarning: of an average that, at ``total_steps`` or when :meth:`copy_to_model` makes it final, has more
+            than 20 % of its weight on the initial model (or less than -20 %), amounts to fewer than three iterates, or
+            is noisier than one. Once for each, on rank 0.
 
     >>> import torch, lagless
     >>> model = torch.nn.Linear(2, 1)
@@ -135,6 +142,9 @@ class Averager:
             compile=compile,
             absent=absent,
         )
+        self._notices = Notices(self.rules)
+        if total_steps is not None:
+            self._notices.of_run(total_steps, step)
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("an Averager belongs to its live model and cannot be copied or pickled; use state_dict().")
@@ -219,6 +229,16 @@ class Averager:
         """How many updates the rule ``name`` has had; its average can be read from the first one on."""
         return self._rules.last[self._rules.resolve(name)].number
 
+    def warn_of_weights(self) -> None:
+        """Warn of averages that are not what one may expect, as they are now; call it at the end of a run.
+
+        Needed only where neither ``total_steps`` was given nor :meth:`copy_to_model` is called.
+
+        Warns:
+            AverageWarning: once for each average, on rank 0.
+        """
+        self._notices.of_present(self.step, self._rules.last)
+
     @property
     def sharded(self) -> bool:
         """Whether parameters are sharded, so that all ranks must :meth:`save` together."""
@@ -275,6 +295,7 @@ class Averager:
         self._refuse_while_applied(f"put {name!r} into the model")
         self.wait()
         values = self._values(name)
+        self.warn_of_weights()
         leave_evaluation(self._live.parameters())
         self._live.put(values)
 

@@ -22,6 +22,7 @@ from lagless.checkpoints._layout import (
     parse_size as parse_size,
     plan_layout as plan_layout,
 )
+from lagless.checkpoints._logged_rates import logged_rates as logged_rates
 from lagless.checkpoints._model_card import (
     CARD as CARD,
     base_model_of as base_model_of,

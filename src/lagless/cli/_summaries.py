@@ -10,7 +10,7 @@ from rich.table import Table
 from lagless.checkpoints import Trajectory
 from lagless.cli._console import out
 from lagless.cli._rule_options import settings_of
-from lagless.posthoc import AverageSummary, RunSummary, factors_note, notes_on, short_steps
+from lagless.posthoc import AverageSummary, RunSummary, decay_note, factors_note, notes_on, short_steps
 from lagless.rules import FloatArray, schedule_of
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -42,7 +42,7 @@ def print_start(trajectory: Trajectory) -> None:
     how = "as asked" if trajectory.start_given else "the earliest checkpoint; --start sets another"
     name = trajectory.checkpoints[0].path.name
     out.print(f"θ_0 is {name}, step {trajectory.steps[0]} ({how})", highlight=False, markup=False)
-    if note := factors_note(trajectory):
+    for note in filter(None, (factors_note(trajectory), decay_note(trajectory))):
         out.print(f"note: {note}", highlight=False, markup=False)
 
 

@@ -8,7 +8,12 @@ from lagless.posthoc._average import (
     inspect_run as inspect_run,
 )
 from lagless.posthoc._combine import combine_checkpoints as combine_checkpoints
-from lagless.posthoc._notes import factors_note as factors_note, notes_on as notes_on, short_steps as short_steps
+from lagless.posthoc._notes import (
+    decay_note as decay_note,
+    factors_note as factors_note,
+    notes_on as notes_on,
+    short_steps as short_steps,
+)
 from lagless.posthoc._weighted_sums import (
     Accumulate as Accumulate,
     Consumer as Consumer,

@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from lagless.checkpoints import Trajectory
+from lagless.checkpoints import Trajectory, logged_rates
 from lagless.posthoc._average import AverageSummary
-from lagless.rules import WindowAverage, common_update_freq, start_note
+from lagless.rules import WindowAverage, common_update_freq, rate_note, spread_note, start_note
 
 _FIRST_FACTOR = re.compile(r"\.(lora|lora_embedding)_A(\.|$)")
 
 
 def notes_on(s: AverageSummary) -> Iterator[str]:
     """Yield what a user may not expect of an average, a sentence each."""
+    spread = spread_note(s.rule, s.effective_iterates, len(s.steps) - 1, kind="checkpoints")
     if s.rule is None:
-        if s.effective_iterates < 1.0:
-            yield "noisier than the last checkpoint alone: the squares of these weights sum to more than 1"
+        if spread:
+            yield spread
         return
     skipped = [step for step in s.steps[1:] if step > s.rule.update_after and not s.rule.schedule.updates(step)]
     if skipped[-1:] == [s.steps[-1]]:
@@ -30,13 +31,17 @@ def notes_on(s: AverageSummary) -> Iterator[str]:
         yield f"θ_0 (step {s.steps[0]}) is not one of the snapshots averaged"
         if len(s.steps) - 1 < s.rule.window:
             yield f"these are all {len(s.steps) - 1} there are, fewer than window={s.rule.window}"
-    if s.effective_iterates < 1.0:
-        yield (
-            "noisier than the last checkpoint alone: the correction outweighs what averaging gains; a larger "
-            "bias_power corrects less, and a larger ema_power averages more"
-        )
-    if note := start_note(s.rule, s.anchor, s.steps[-1]):
-        yield note
+    start = start_note(s.rule, s.anchor, s.steps[-1])
+    if spread and (not start or s.effective_iterates < 1.0):
+        yield spread
+    if start:
+        yield start
+
+
+def decay_note(trajectory: Trajectory) -> str | None:
+    """Return what a learning rate that ended low means for averages; None without a log of it or without a decay."""
+    rates = logged_rates(trajectory.checkpoints[-1].folder)
+    return rate_note(rates[max(rates)] / max(rates.values())) if rates else None
 
 
 def factors_note(trajectory: Trajectory) -> str | None:

@@ -24,9 +24,7 @@ from lagless.rules._filter import (
     mean_age as mean_age,
     require_updates as require_updates,
     run_anchor as run_anchor,
-    run_note as run_note,
     schedule_of as schedule_of,
-    start_note as start_note,
     trajectory_weights as trajectory_weights,
     weight_on_start as weight_on_start,
     weights_of as weights_of,
@@ -47,6 +45,14 @@ from lagless.rules._json import (
     same_rule as same_rule,
 )
 from lagless.rules._named import default_rule as default_rule, named_rules as named_rules
+from lagless.rules._notes import (
+    AverageWarning as AverageWarning,
+    rate_note as rate_note,
+    run_note as run_note,
+    run_notes as run_notes,
+    spread_note as spread_note,
+    start_note as start_note,
+)
 from lagless.rules._reconstruction import Reconstruction as Reconstruction, reconstruct as reconstruct
 from lagless.rules._registry import (
     built_in_rules as _built_in_rules,

@@ -6,20 +6,16 @@ running the recursion backwards on the read coefficients (its adjoint), not forw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lagless.rules._clock import read_between_updates, ticks
+from lagless.rules._clock import Tick, read_between_updates, ticks
 from lagless.rules._rule import InitialWeights, ReadCoefficients, Rule
 
 FloatArray = NDArray[np.float64]
-
-# Beyond this share, to either side, the start says more about an average than about any group of its iterates.
-LARGEST_START = 0.2
 
 
 class Anchor(NamedTuple):
@@ -238,44 +234,34 @@ def run_anchor(rule: Rule, total_steps: int, start: int = 0, precision: float = 
         ValueError: if the rule makes no update in it.
     """
     require_updates(rule, total_steps, start)
-    schedule = rule.schedule
-    begin = schedule.begin(start).previous
     kept = [isinstance(label, InitialWeights) for label in rule.buffer_keys]
-    tick = schedule.tick_at(total_steps, start)
-    coefficients = rule.read(tick).buffers
-    while tick.number > 0:
-        coefficients = read_between_updates(rule.update(tick), ReadCoefficients(coefficients, 0.0)).buffers
+    coefficients: Sequence[float] = ()
+    for _, _, coefficients in newest_first(rule, total_steps, start):
         if sum(abs(c) for c, is_start in zip(coefficients, kept, strict=True) if not is_start) < precision:
             break
-        tick = schedule.last(tick.step - 1, start)
+    begin = rule.schedule.begin(start).previous
     return Anchor(begin, sum(coefficients))
 
 
-def start_note(rule: Rule, start: Anchor, last_step: int) -> str | None:
-    """Say what is wrong with the weight an average leaves where it began; None if it is at most 20 %.
+def newest_first(rule: Rule, total_steps: int, start: int = 0) -> Iterator[tuple[Tick, float, Sequence[float]]]:
+    """Walk back from the end of a run that sees every step, update by update.
 
-    Below -20 % the average lies beyond the last weights, seen from the start: to first order it is the run with its
-    learning rate multiplied by 1 - w from the beginning.
+    Args:
+        rule: the averaging rule, with at least one update in the run.
+        total_steps: the step at which the average is read.
+        start: the step of θ_0.
+
+    Yields:
+        An update, the weight of its iterate, and the coefficients of the buffers as they were before that update.
     """
-    if abs(start.weight) <= LARGEST_START:
-        return None
-    burn_in = f", update_after={rule.update_after}" if rule.update_after else ""
-    remedy = f"EMA(half_life_fraction=0.05{burn_in})"
-    length, changed = last_step - start.step, _arguments(rule)
-    place = f"θ_{start.step}, where averaging began," if start.step else "θ_0"
-    if start.weight > 0.0:
-        shorter = [f"a smaller {name}" for name in ("ema_power", "half_life", "decay") if name in changed][-1:]
-        shorter = shorter or ["a smaller update_freq"]
-        return (
-            f"{type(rule).__name__}({', '.join(changed.values())}) leaves {start.weight:.0%} of its weight on {place} "
-            f"after {length:,} steps of averaging. Use {remedy}, which leaves none at any length, or {shorter[0]}."
-        )
-    weaker = ", or a larger bias_power" if hasattr(rule, "bias_power") else ""
-    return (
-        f"{type(rule).__name__}({', '.join(changed.values())}) puts {start.weight:.0%} of its weight on {place} after "
-        f"{length:,} steps of averaging: it goes {-start.weight:.0%} beyond the path of the run and overshoots where "
-        f"that bends. Use {remedy}, which does not extrapolate{weaker}."
-    )
+    schedule = rule.schedule
+    tick = schedule.tick_at(total_steps, start)
+    coefficients = rule.read(tick)
+    while tick.number > 0:
+        before = read_between_updates(rule.update(tick), coefficients)
+        yield tick, before.live, before.buffers
+        coefficients = before._replace(live=0.0)
+        tick = schedule.last(tick.step - 1, start)
 
 
 def weight_on_start(weights: ArrayLike) -> float:
@@ -301,27 +287,6 @@ def check_steps(steps: ArrayLike) -> list[int]:
     if times[0] < 0:
         raise ValueError(f"steps must be >= 0; the first is {int(times[0])}.")
     return [int(t) for t in times]
-
-
-def run_note(rule: Rule, total_steps: int, start: int = 0) -> str | None:
-    """:func:`start_note` of a run that sees every step from ``start`` to ``total_steps``."""
-    # Without θ_0 in a buffer, weights are spread once they leave the newest updates, and a rough sum is enough.
-    exact = any(isinstance(label, InitialWeights) for label in rule.buffer_keys)
-    found = run_anchor(rule, total_steps, start, precision=1e-4 if exact else LARGEST_START / 2)
-    return start_note(rule, found, total_steps)
-
-
-def _arguments(rule: Rule) -> dict[str, str]:
-    """The arguments of a rule as written, without the defaults; ``ema_power`` stays where it sets the gain."""
-    defaults = {f.name: f.default for f in fields(rule)}  # type: ignore[arg-type]
-    values = vars(rule)
-    widths = any(values.get(name) is not None for name in ("decay", "half_life", "half_life_fraction"))
-    shown = [
-        name
-        for name, value in values.items()
-        if name in defaults and (value != defaults[name] or (name in ("ema_power", "update_freq") and not widths))
-    ]
-    return {name: f"{name}={values[name]!r}" for name in shown}
 
 
 def _index(times: list[int], at: int) -> int:

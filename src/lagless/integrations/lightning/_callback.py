@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from torch.optim import Optimizer
 
-from lagless.averaging import Attachment, Averager
+from lagless.averaging import Attachment, Averager, warn_of_rate
+from lagless.integrations._learning_rates import present_share, scheduled_share
 from lagless.integrations._noise import LOGGED, NoiseLog
 from lagless.integrations._optimizers import averaged_optimizer, training_weights
 from lagless.integrations.lightning._checkpoint import STATE_KEY
@@ -66,6 +67,10 @@ class AveragingCallback(Callback):
         RuntimeError: when training ends before a rule's first update.
         NotImplementedError: under a strategy that shards parameters.
 
+    Warns:
+        AverageWarning: once, on rank 0, of averages as :class:`lagless.Averager` has it, and of a learning rate that
+            decays to less than a tenth.
+
     >>> from lagless import EMA
     >>> callback = AveragingCallback(EMA(half_life_fraction=0.05))
     """
@@ -95,6 +100,7 @@ class AveragingCallback(Callback):
         self._own: AveragedOptimizer | None = None
         self._loaded: Any = None
         self._left: tuple[LightningModule, int] | None = None
+        self._warned = False  # of a learning rate that decays
 
     @property
     def state_key(self) -> str:
@@ -141,6 +147,7 @@ class AveragingCallback(Callback):
                 check_export(folder, name)
         if self.averager is not None:
             self._attachment = self.averager.attach(optimizer)
+            self._warned = warn_of_rate(_planned_share(trainer, optimizer))
         size = getattr(trainer.train_dataloader, "batch_size", None)
         self._noise.begin(
             optimizer,
@@ -202,6 +209,8 @@ class AveragingCallback(Callback):
         averager, names = self.averager, self._names
         if averager is not None:
             averager.wait()  # whoever has fitted the module may load other weights into it
+            averager.warn_of_weights()
+            self._warned = self._warned or warn_of_rate(present_share(self._followed(trainer)))
         never = [name for name, holder in names.items() if holder.updates(name) == 0]
         if folder := self._folder(trainer):
             for name, holder in names.items():
@@ -305,3 +314,13 @@ def _known_length(trainer: Trainer, module: LightningModule) -> int | None:
     steps = trainer.estimated_stepping_batches
     sure = module.automatic_optimization and not trainer.fast_dev_run and 0 < steps < float("inf")
     return int(steps) if sure else None
+
+
+def _planned_share(trainer: Trainer, optimizer: Optimizer) -> float:
+    """The learning rate at the end of the run in units of its peak; NaN where that cannot be told."""
+    steps = trainer.estimated_stepping_batches
+    for config in trainer.lr_scheduler_configs:
+        if config.scheduler.optimizer is optimizer and steps < float("inf"):
+            calls = int(steps) if config.interval == "step" else trainer.max_epochs or 0
+            return scheduled_share(config.scheduler, calls // config.frequency)
+    return float("nan")

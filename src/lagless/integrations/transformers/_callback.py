@@ -12,9 +12,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from lagless.averaging import Attachment, Averager, HoldsAverages
+from lagless.averaging import Attachment, Averager, HoldsAverages, warn_of_rate
 from lagless.checkpoints import check_destination
 from lagless.integrations._exports import base_model_name, describe, export_folder, remove_export
+from lagless.integrations._learning_rates import present_share, scheduled_share
 from lagless.integrations._noise import LOGGED, NoiseLog
 from lagless.integrations._optimizers import averaged_optimizer, training_weights
 from lagless.integrations.distributed import export_model
@@ -73,6 +74,10 @@ class AveragingCallback(TrainerCallback):
         ValueError: at the start of training, if a rule would have no update in it or anything else does not fit.
         RuntimeError: at the end of training, if it stopped before a rule's first update.
 
+    Warns:
+        AverageWarning: once, on rank 0, of averages as :class:`lagless.Averager` has it, and of a learning rate that
+            decays to less than a tenth.
+
     >>> from lagless import EMA
     >>> callback = AveragingCallback(EMA(half_life_fraction=0.05))
     >>> # Trainer(..., callbacks=[callback])
@@ -102,6 +107,7 @@ class AveragingCallback(TrainerCallback):
         self._own: OptimizerAverage | None = None
         self._bound: BoundTrainer | None = None
         self._training = False
+        self._warned = False  # of a learning rate that decays
         self._saved_step: int | None = None
         # An error in the Trainer's last event keeps it from the callbacks that come later.
         self._last = TrainerCallback()
@@ -150,6 +156,7 @@ class AveragingCallback(TrainerCallback):
             self._begin(trainer, state, model, checkpoint)
         self._check(trainer)
         self._attachment = None if self.averager is None else self.averager.attach(optimizer)
+        self._warned = self.averager is None or warn_of_rate(scheduled_share(kwargs["lr_scheduler"], state.max_steps))
         self._noise.begin(
             optimizer,
             model,
@@ -301,6 +308,8 @@ class AveragingCallback(TrainerCallback):
             self._attachment.remove()
             self._attachment = None
         never = [name for name in averager.rules if not averager.updates(name)]
+        averager.warn_of_weights()
+        self._warned = self._warned or warn_of_rate(present_share(trainer.optimizer))
         if best is not None:
             self._go_back(args, averager, best)
         with training_weights(trainer.optimizer):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
+from lagless.checkpoints import logged_rates
 from lagless.rules import FloatArray
 
 Source = Literal["log", "increments", "constant"]
 
-_LOG = "trainer_state.json"
 _LEAST = 1e-6  # of the peak: the clock of a run never stands still
 
 
@@ -48,20 +46,10 @@ def logged_rate(folder: Path) -> LearningRate | None:
 
     A log that cannot be read, or that has no positive learning rate at two steps or more, is none.
     """
-    try:
-        state: Any = json.loads((folder / _LOG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    found = logged_rates(folder)
+    if not found:
         return None
-    history = state.get("log_history") if isinstance(state, dict) else None
-    found: dict[float, float] = {}
-    for entry in history if isinstance(history, list) else ():
-        if isinstance(entry, dict):
-            step, rate = _number(entry.get("step")), _number(entry.get("learning_rate"))
-            if step is not None and rate is not None and rate >= 0.0:
-                found[step] = rate
-    peak = max(found.values(), default=0.0)
-    if len(found) < 2 or not peak > 0.0:
-        return None
+    peak = max(found.values())
     steps = sorted(found)
     return LearningRate(tuple(steps), tuple(found[step] / peak for step in steps), "log")
 
@@ -80,9 +68,3 @@ def rate_of_increments(products: FloatArray, steps: Sequence[int]) -> LearningRa
     lengths = np.maximum.accumulate(lengths[::-1])[::-1]
     middles = (times[1:] + times[:-1]) / 2.0
     return LearningRate(tuple(middles), tuple(np.maximum(lengths / lengths.max(), _LEAST)), "increments")
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None

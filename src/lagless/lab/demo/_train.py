@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lagless.averaging import Averager
 from lagless.lab.data import end_of_text
 from lagless.lab.demo._plan import Plan
+from lagless.rules import AverageWarning
 
 
 def build_model(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -62,7 +64,9 @@ def train(
         model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / plan.warmup))
-    averager = Averager(model, plan.rules(), total_steps=plan.steps)
+    with warnings.catch_warnings():  # the demo compares the rules, and its report tells their weights
+        warnings.simplefilter("ignore", AverageWarning)
+        averager = Averager(model, plan.rules(), total_steps=plan.steps)
     averager.attach(optimizer)
 
     def save(step: int) -> None:
