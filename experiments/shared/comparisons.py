@@ -43,6 +43,12 @@ def losses(seeds: Mapping[int, Cell], name: str, part: str) -> np.ndarray:
     return np.array([cell["averages"][name][part] for cell in seeds.values()])
 
 
+def against_live(seeds: Mapping[int, Cell], name: str, part: str) -> Mean:
+    """Return an average's loss minus the live weights', over seeds and documents; of one seed, over documents."""
+    gaps = losses(seeds, name, part) - losses(seeds, "live", part)
+    return crossed_mean(gaps) if len(gaps) > 1 else mean(gaps[0].tolist())
+
+
 def summary(cell: Cell, name: str) -> dict[str, Any]:
     """Return an average's weight on θ_0, mean age / T, effective iterates and clock."""
     kept = ("theta_0", "age", "iterates", "T", "gamma", "phi")

@@ -1,19 +1,19 @@
-"""Write what the finished cells of a study say: verdicts of its claims and the choice of a default rule."""
+"""What the finished cells of a study say, as plain JSON: verdicts of its claims and the choice of a default rule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from experiments.shared.cells import store
 from experiments.shared.comparisons import (
     Cell,
     Cells,
     Claim,
     Judged,
+    Side,
+    against_live,
     by_condition,
     compare,
     judge,
@@ -21,10 +21,7 @@ from experiments.shared.comparisons import (
 )
 from experiments.shared.decision import Standing, decide, mean_over_conditions, standings
 
-from lagless.checkpoints import atomic_file
-
 PARTS = ("reporting", "plays", "stories")
-TEXTS = {"reporting": "books", "plays": "plays", "stories": "stories"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,7 @@ class Plan:
         candidates: families that a default rule is chosen from.
         beside: names of averages that are shown beside them.
         present: the average that is the default at present.
+        shown: by label, averages, or the best of a family, which the page begins with.
         floor: smallest difference worth naming, nats per token.
         least_seeds: fewer are not judged.
     """
@@ -50,17 +48,9 @@ class Plan:
     candidates: Sequence[str]
     beside: Sequence[str]
     present: str
+    shown: Mapping[str, Side]
     floor: float
     least_seeds: int
-
-
-def write_summary(plan: Plan, cells: Sequence[Cell], folder: Path) -> dict[str, Any]:
-    """Write ``summary.json`` and ``README.md``; return what is in the former."""
-    summary = summarise(plan, cells)
-    store(folder / "summary.json", summary, indent=1)
-    with atomic_file(folder / "README.md") as partial:
-        partial.write_text(_page(plan, summary), encoding="utf-8")
-    return summary
 
 
 def summarise(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -77,12 +67,30 @@ def summarise(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
         "cells": {"done": len(cells), "planned": plan.planned},
         "conditions": [_condition(condition, seeds) for condition, seeds in found.items()],
         "floor": plan.floor,
+        "shown": [
+            _shown(label, side, condition, seeds)
+            for label, side in plan.shown.items()
+            for condition, seeds in found.items()
+        ],
         "claims": [_claim(one) for one in judged],
         "decision": [s.name for s in chosen],
         "against_present": [_against(deciding, s.name, plan.present) for s in chosen],
         "standings": [_standing(s) for s in standing],
         "beside": [_standing(s) for s in standings(deciding, plan.beside, PARTS)] if deciding else [],
         "others": [_standing(s) for s in standings(others, candidates, PARTS)] if others else [],
+    }
+
+
+def _shown(label: str, side: Side, condition: Any, seeds: Mapping[int, Cell]) -> dict[str, Any]:
+    name = side if isinstance(side, str) else side(seeds)[0]
+    gap = against_live(seeds, name, PARTS[0])
+    return {
+        "label": label,
+        "condition": condition._asdict(),
+        "name": name,
+        "difference": _number(gap.value),
+        "standard_error": _number(gap.standard_error),
+        "seeds": len(seeds),
     }
 
 
@@ -144,120 +152,3 @@ def _standing(s: Standing) -> dict[str, Any]:
         "mean_constant": _number(s.constant),
         "mean_decayed": _number(s.decayed),
     }
-
-
-def _page(plan: Plan, summary: Mapping[str, Any]) -> str:
-    done, planned = summary["cells"]["done"], summary["cells"]["planned"]
-    parts = [
-        f"# {plan.title}: results",
-        f"{done} of {planned} runs are in. Design, claims and rules of decision were written before them: "
-        f"`{plan.page}`. "
-        "This page and `summary.json` are made of `cells/` by the study's command `report`. "
-        "Differences are nats per token; negative is better.",
-        "## Runs",
-        _table(
-            ["optimizer", "rate", "schedule", "batch", "seeds", *(f"live, {TEXTS[p]}" for p in PARTS), "θ_0, books"],
-            [
-                [c["optimizer"], f"{c['rate']:g}", c["schedule"], c["batch"], len(c["seeds"]),
-                 *(f"{c['live'][p]:.3f}" for p in PARTS), f"{c['start']['reporting']:.3f}"]
-                for c in summary["conditions"]
-            ],
-        ),
-        "## The default rule",
-        f"Difference to the live weights of the same run. Rules whose worst case, over all AdamW runs and the three "
-        f"texts, is within {plan.floor} of the smallest are equal (marked *); the best mean on books wins among them. "
-        f"Chosen by these runs: **{summary['decision'][0] if summary['decision'] else 'none yet'}**.",
-        *(_against_present(summary["against_present"]) if summary["decision"] else []),
-        *_by_width(summary["standings"]),
-        "### All candidates",
-        _standings(summary["standings"], summary["decision"]),
-        "Beside them, over the same runs:",
-        _standings(summary["beside"], []),
-    ]  # fmt: skip
-    if summary["others"]:
-        parts += ["With SGD and momentum:", _standings(summary["others"], [])]
-    parts += [
-        "## Claims",
-        f"Reporting books. Standard errors cover seeds and documents; those of documents alone are in brackets where "
-        f"one seed is in. Verdicts need {plan.least_seeds} seeds, use p-values corrected by Holm over all comparisons, "
-        f"and name no difference below {plan.floor}.",
-        _table(
-            ["", "claim", "source", "condition", "n", "difference", "method", "θ_0", "age/T", "iterates", "verdict"],
-            [_claim_row(c) for c in summary["claims"]],
-        ),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _claim_row(c: Mapping[str, Any]) -> list[Any]:
-    at = c["condition"]
-    method = c["method"]
-    edge = f" (edge: {', '.join(c['at_edge'])})" if c["at_edge"] else ""
-    return [
-        c["key"], c["text"], c["source"], f"{at['optimizer']} {at['rate']:g}, {at['schedule']}, batch {at['batch']}",
-        c["seeds"], f"{c['difference']:+.4f} {_error(c)}", f"`{method['name']}`{edge}", f"{method['theta_0']:.3f}",
-        f"{method['age']:.3f}", f"{method['iterates']:.1f}", c["verdict"] or "too few seeds",
-    ]  # fmt: skip
-
-
-def _error(row: Mapping[str, Any]) -> str:
-    if row["standard_error"] is None:
-        return f"(± {row['standard_error_of_documents_alone']:.4f})"
-    return f"± {row['standard_error']:.4f}"
-
-
-def _against_present(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    present = rows[0]["present"]
-    return [
-        f"Against the present default, `{present}`, on books, mean over the conditions:",
-        _table(
-            ["rule", f"minus `{present}`", "seeds in all conditions"],
-            [[f"`{row['name']}`", f"{row['difference']:+.4f} {_error(row)}", row["seeds"]] for row in rows],
-        ),
-    ]
-
-
-COLUMNS = {
-    "EMA": "ema-f f={f}",
-    **{f"θ_0, c = {c}": f"bema-f f={{f}} c={c}" for c in ("0.25", "0.5", "1")},
-    **{f"slow, c = {c}": f"slow-bema-f f={{f}} c={c}" for c in ("0.25", "0.5", "1")},
-    "DEMA": "dema-f f={f}",
-}
-
-
-def _by_width(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Tables of width by anchor and share of the lag removed."""
-    named = {row["name"]: row for row in rows}
-    shown: list[tuple[str, Callable[[Mapping[str, Any]], float | None]]] = [
-        ("Books, mean over the runs at a constant rate", lambda row: row["mean_constant"]),
-        ("Books, mean over the runs whose rate decays", lambda row: row["mean_decayed"]),
-        ("Worst of all runs and texts", lambda row: max(row["worst"].values())),
-    ]
-    widths = [row["name"].removeprefix("ema-f f=") for row in rows if row["name"].startswith("ema-f ")]
-    found = []
-    for title, value in shown:
-        table = [[f, *(value(named[name.format(f=f)]) for name in COLUMNS.values())] for f in widths]
-        if not any(None in line for line in table):
-            numbers = [[line[0], *(f"{number:+.4f}" for number in line[1:])] for line in table]
-            found += [f"### {title}", _table(["f", *COLUMNS], numbers)]
-    return found
-
-
-def _standings(rows: Sequence[Mapping[str, Any]], chosen: Sequence[str]) -> str:
-    ordered = sorted(rows, key=lambda r: max(r["worst"].values()))
-    return _table(
-        ["rule", "age/T", "iterates", "worst of all", "in", *(f"worst, {TEXTS[p]}" for p in PARTS),
-         *(f"mean, {TEXTS[p]}" for p in PARTS), "books, constant", "books, decayed"],
-        [
-            [f"`{r['name']}`{' *' if r['name'] in chosen else ''}", f"{r['age']:.3f}", f"{r['iterates']:.1f}",
-             f"{max(r['worst'].values()):+.4f}", r["worst_run"], *(f"{r['worst'][p]:+.4f}" for p in PARTS),
-             *(f"{r['mean'][p]:+.4f}" for p in PARTS),
-             *("" if r[key] is None else f"{r[key]:+.4f}" for key in ("mean_constant", "mean_decayed"))]
-            for r in ordered
-        ],
-    )  # fmt: skip
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [list(map(str, head)), ["---"] * len(head), *(list(map(str, row)) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -209,16 +209,24 @@ def results():
     return cells, json.loads((paper_clock.RESULTS / "summary.json").read_text(encoding="utf-8"))
 
 
-def test_summary_and_page_are_made_of_the_cells(results, tmp_path, monkeypatch):
+def test_summary_page_and_docs_are_made_of_the_cells(results, tmp_path, monkeypatch):
     cells, committed = results
     (tmp_path / "cells").mkdir()
     for path in CELLS:
         (tmp_path / "cells" / path.name).symlink_to(path)
     monkeypatch.setattr(paper_clock, "RESULTS", tmp_path)
+    page, document = paper_clock.PAGE, paper_clock.DOCUMENT
+    (tmp_path / "docs.md").write_text(document.read_text("utf-8"), "utf-8")
+    monkeypatch.setattr(paper_clock, "PAGE", tmp_path / page.name)
+    monkeypatch.setattr(paper_clock, "DOCUMENT", tmp_path / "docs.md")
     paper_clock.report()
     assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8")) == committed
-    page = (Path(paper_clock.__file__).parents[1] / "results" / paper_clock.NAME / "README.md").read_text("utf-8")
-    assert (tmp_path / "README.md").read_text("utf-8") == page
+    assert (tmp_path / page.name).read_text("utf-8") == page.read_text("utf-8")
+    assert (tmp_path / "docs.md").read_text("utf-8") == document.read_text("utf-8")
+    linked = re.findall(r"\(figures/([^)]+)\)", page.read_text("utf-8"))
+    assert len(linked) == 2
+    for name in linked:
+        assert (tmp_path / "figures" / name).is_file() and (page.parent / "figures" / name).is_file()
 
 
 def test_headline_numbers_by_few_lines(results):

@@ -7,7 +7,8 @@ import pytest
 from lagless.lab.report import compare, load_study, write_reports
 
 ROOT = Path(__file__).parents[2]
-RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
+FOLDERS = (ROOT / "experiments" / "results", ROOT / "experiments" / "archive" / "results")
+RESULTS = [path for folder in FOLDERS for path in sorted(folder.glob("*.json"))]
 SEEDS = 5
 MOST_BYTES = 600_000
 
