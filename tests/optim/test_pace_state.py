@@ -195,7 +195,7 @@ def test_settings_that_a_state_lacks_stay_as_they_are_here():
         assert other.param_groups[0][name] == others[name]
         assert other.param_groups[0]["maximize"] is False
         train(model, other, 1)
-    for name in PACE.lasting:
+    for name in PACE._lasting:
         state = copy.deepcopy(optimizer.state_dict())
         del state["param_groups"][0][name]
         with pytest.raises(ValueError, match=f"'{name}'"):

@@ -98,12 +98,16 @@ def threads_for(elements: int) -> int:
 def in_memory(row: Sequence[Tensor]) -> bool:
     """Whether tensors of one shape lie on the host, without gaps and in one type that C knows."""
     dtype = row[0].dtype
-    return dtype in REALS and all(t.dtype == dtype and t.is_cpu and t.is_contiguous() and _is_plain(t) for t in row)
+    return dtype in REALS and all(t.dtype == dtype and t.is_cpu and is_plain(t) and t.is_contiguous() for t in row)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether the values are what lies in memory: not computed by a subclass, negated when read, or zeros left out."""
-    return type(tensor) in (Tensor, Parameter) and not tensor.is_neg() and not tensor._is_zerotensor()
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the values are what lies in memory: not computed by a subclass, negated when read, or zeros left out.
+
+    Memory of a file or of bytes may begin anywhere, but a number in C only at a multiple of its size.
+    """
+    values = type(tensor) in (Tensor, Parameter) and not tensor.is_neg() and not tensor._is_zerotensor()
+    return values and tensor.layout == torch.strided and tensor.data_ptr() % tensor.itemsize == 0
 
 
 def _require_alike(rows: Sequence[Sequence[Tensor]], width: int) -> None:

@@ -59,13 +59,16 @@ def lerp_c(
 
 def _addresses(column: Column, sizes: NDArray[np.int64], dtype: torch.dtype) -> NDArray[np.uintp]:
     """Of tensors that hold ``sizes`` elements of ``dtype``, without gaps, in memory of the host."""
-    kinds = {(t.dtype, t.is_cpu, t.is_contiguous()) for t in column}
+    kinds = {(t.dtype, t.device.type, t.layout) for t in column}
+    fits = kinds == {(dtype, "cpu", torch.strided)} and all(t.is_contiguous() for t in column)
     found = np.array([t.numel() for t in column], dtype=np.int64)
-    addresses = np.array([t.data_ptr() for t in column], dtype=np.uintp)
-    if kinds != {(dtype, True, True)} or not np.array_equal(found, sizes) or np.any((addresses == 0) & (sizes > 0)):
+    addresses = np.array([t.data_ptr() for t in column] if fits else [], dtype=np.uintp)
+    fits = fits and np.array_equal(found, sizes) and not np.any((addresses == 0) & (sizes > 0))
+    if not fits or np.any(addresses % dtype.itemsize):
         raise ValueError(
-            f"tensors for C are {sorted(map(str, kinds))} with {found[:5]}... elements; they must be contiguous "
-            f"{dtype} tensors on the CPU with {sizes[:5]}... elements. If averages were resized, make a new Averager."
+            f"tensors for C are {sorted(map(str, kinds))} with {found[:5]}... elements; they must be aligned, "
+            f"contiguous {dtype} tensors on the CPU with {sizes[:5]}... elements. If averages were resized, make a new "
+            "Averager."
         )
     return addresses
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lagless.execution._c import REALS, compile_source
+from lagless.execution._c import REALS, compile_source, is_plain
 
 Bytes = NDArray[np.uint8]
 
@@ -62,7 +62,7 @@ class Product:
 def _require_fitting(weights: Tensor, x: Tensor, out: Tensor, checked: Sequence[int]) -> None:
     """Refuse what C would read or write in the wrong places: it sees only addresses, sizes and strides."""
     tensors = (weights, x, out)
-    plain = all(t.dim() == 2 and t.is_cpu and t.layout == torch.strided and t.dtype == x.dtype for t in tensors)
+    plain = all(t.dim() == 2 and t.is_cpu and t.dtype == x.dtype and is_plain(t) for t in tensors)
     fits = plain and x.dtype in REALS and x.shape[0] == weights.shape[1]
     fits = fits and tuple(out.shape) == (weights.shape[0], x.shape[1]) and weights.is_contiguous()
     # The stride between rows may be larger than a row, as in a slice of columns; a single row has no meaningful one.

@@ -45,7 +45,7 @@ class AveragedOptimizer(Optimizer):
     step_key = "step"
     moments: ClassVar[tuple[str, ...]] = ()
     """Entries of a parameter's state, besides averages, that have the parameter's shape."""
-    lasting: ClassVar[tuple[str, ...]] = ("lr", "average")
+    _lasting: ClassVar[tuple[str, ...]] = ("lr", "average")
     """Settings that the states of all versions have."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def prepared_state(optimizer: AveragedOptimizer, state: dict[str, Any]) -> dict[
     require_structure(state, owned)
     groups = []
     for index, (given, own) in enumerate(zip(state["param_groups"], owned, strict=True)):
-        group = settings_of(index, given, {**own, "evaluating": False}, optimizer.lasting)
+        group = settings_of(index, given, {**own, "evaluating": False}, optimizer._lasting)
         group["average"] = _rule(index, group["average"])
         optimizer._check_loaded({**group, "params": own["params"]})
         groups.append(group)

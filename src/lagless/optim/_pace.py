@@ -130,7 +130,7 @@ class PACE(AveragedOptimizer):
         super().__init__(params, settings)
 
     moments = ("exp_avg", "exp_avg_sq")
-    lasting = ("lr", "betas", "eps", "weight_decay", "pullback", "average")
+    _lasting = ("lr", "betas", "eps", "weight_decay", "pullback", "average")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._statistics = None

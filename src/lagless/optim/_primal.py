@@ -96,7 +96,7 @@ class PrimalAveraging(WrappingOptimizer):
     """
 
     moments = ("z",)
-    lasting = ("lr", "average", "interpolation")
+    _lasting = ("lr", "average", "interpolation")
 
     def __init__(
         self,

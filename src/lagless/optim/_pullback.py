@@ -86,7 +86,7 @@ class Pullback(WrappingOptimizer):
         }
         super().__init__(optimizer, settings)
 
-    lasting = ("lr", "average", "pullback")
+    _lasting = ("lr", "average", "pullback")
 
     def _check(self, group: dict[str, Any]) -> None:
         check = Settings(self, group)
