@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +14,9 @@ from lagless.cli._evaluation_options import BatchSize, Device, Length, Sequences
 from lagless.cli._rule_options import Grid, RuleNames, chosen_rules, require_rule, rule_options
 
 if TYPE_CHECKING:
-    from lagless.watch import CommandPlan, HeldOutPlan
+    from lagless.watch import CommandPlan, HeldOutPlan, Page
+
+_PORT = 8642
 
 
 @rule_options
@@ -45,6 +49,8 @@ def watch_command(
     length: Length = 512,
     batch_size: BatchSize = 8,
     device: Device = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Show a page on 127.0.0.1.")] = False,
+    port: Annotated[int | None, typer.Option(help="Port of the page. Default: 8642, or any that is free.")] = None,
     once: Annotated[bool, typer.Option(help="Take up what is there, then end; for cron and CI.")] = False,
     until: Annotated[
         str | None, typer.Option(metavar="STEP|idle:MINUTES", help="End at a step, or after so long without a new one.")
@@ -70,7 +76,7 @@ def watch_command(
     was. Exit codes: 0, all checkpoints are in the averages; 3, some were left out; 4, no average yet.
     """
     from lagless.checkpoints import absolute_path
-    from lagless.watch import Settings, Until, Waiter, Watch, follow
+    from lagless.watch import Settings, Table, Until, View, Waiter, Watch, follow
 
     require_rule(rule, settings, grid)
     ends = Until.parse(until)
@@ -88,13 +94,44 @@ def watch_command(
     )
     rules = chosen_rules([0, 1], rule, settings, grid)
     place = run.with_name(f"{run.name}-watch") if output is None else absolute_path(output)
-    waiter = Waiter(run)
-    try:
-        with Watch(run, place, rules, followed, [_print]) as watch:
-            code = follow(watch, waiter, poll=poll, until=ends, once=once)
-    finally:
-        waiter.close()
+    with ExitStack() as stack:
+        waiter = Waiter(run)
+        stack.callback(waiter.close)
+        watch = stack.enter_context(Watch(run, place, rules, followed))
+        view = View(watch.metrics.rows())
+        watch.sinks += [view, lambda row: waiter.wake()]
+        if serve:
+            page = stack.enter_context(_page(lambda: view.data(watch), lambda: view.version(watch), port))
+            out.print(f"page: {page.url}", highlight=False, markup=False)
+        if out.is_terminal:
+            table = stack.enter_context(Table(out))
+            shown = [""]
+
+            def each() -> None:
+                if (version := view.version(watch)) != shown[0]:
+                    table.show(view.data(watch))
+                    shown[0] = version
+        else:
+            watch.sinks.append(_print)
+            each = _nothing
+        code = follow(watch, waiter, poll=poll, until=ends, once=once, each=each)
     raise typer.Exit(code)
+
+
+def _nothing() -> None:
+    """Lines are printed as things happen."""
+
+
+def _page(data: Callable[[], dict[str, Any]], version: Callable[[], str], port: int | None) -> Page:
+    from lagless.checkpoints import CheckpointError
+    from lagless.watch import Page
+
+    try:
+        return Page(data, version, _PORT if port is None else port)
+    except CheckpointError:
+        if port is not None:
+            raise
+        return Page(data, version, 0)
 
 
 def _plan(
@@ -126,4 +163,9 @@ def _plan(
 
 def _print(row: dict[str, Any]) -> None:
     if "text" in row:
-        out.print(f"step {row['step']}: {row['text']}" if "step" in row else row["text"], highlight=False, markup=False)
+        text = f"step {row['step']}: {row['text']}" if "step" in row else row["text"]
+    elif "loss" in row:
+        text = f"step {row['step']}: {row['name']} has a loss of {row['loss']}"
+    else:
+        return
+    out.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -52,6 +52,7 @@ def follow(
     poll: float = 2.0,
     until: Until = Until(),  # noqa: B008 (immutable)
     once: bool = False,
+    each: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """Follow a run to its end.
@@ -62,6 +63,7 @@ def follow(
         poll: seconds between looks.
         until: when to end.
         once: end when everything that is complete was taken up.
+        each: called after every look, as to show how things stand.
         clock: monotonic, in seconds.
 
     Returns:
@@ -71,7 +73,9 @@ def follow(
     while True:
         if watch.step():
             quiet_since, looks = clock(), 0
+            each()
             continue
+        each()
         looks += 1
         steps = watch.averages.record.steps
         if until.step is not None and steps and steps[-1] >= until.step:
@@ -82,6 +86,7 @@ def follow(
             break
         wait(min(poll, watch.settings.settle) if watch.pending else poll)
     watch.finish()
+    each()
     return exit_code(watch)
 
 

@@ -24,13 +24,15 @@ class Metrics:
         self.path = out / NAME
         self._mend()
 
-    def append(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Add a line with the time, and return what it says; numbers that are not finite become null.
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a line.
+
+        Args:
+            row: as :func:`plain` makes it.
 
         Raises:
             OSError: if the disk is full; the file then ends as before, or is mended at the next start.
         """
-        row = {"time": round(time.time(), 3), **{key: _plain(value) for key, value in row.items()}}
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -40,7 +42,6 @@ class Metrics:
                 raise OSError(28, "No space left on device", str(self.path))
         finally:
             os.close(descriptor)
-        return row
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield what the lines say, oldest first."""
@@ -62,6 +63,11 @@ class Metrics:
         content = self.path.read_bytes()
         if content and not content.endswith(b"\n"):
             os.truncate(self.path, content.rfind(b"\n") + 1)
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row as it is written: with the time, and null in place of numbers that are not finite."""
+    return {"time": round(time.time(), 3), **{key: _plain(value) for key, value in row.items()}}
 
 
 def _plain(value: Any) -> Any:

@@ -26,6 +26,7 @@ from lagless.checkpoints import (
 )
 from lagless.rules import anchor, effective_iterates, mean_age, rule_to_dict, schedule_of
 from lagless.watch._snapshot import LIVE, Snapshot
+from lagless.watch._store import size_of
 
 _LIST = "models.json"
 CANDIDATE = "candidate-"
@@ -146,7 +147,7 @@ class Models:
 
     def nbytes(self) -> int:
         """Bytes on the disk."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        return size_of(Path(place, name) for place, _, names in os.walk(self.folder) for name in names)
 
     def _replace(self, ranked: list[Model]) -> None:
         with atomic_file(self._out / "state" / _LIST) as partial:

@@ -121,9 +121,19 @@ def weight_stamp(checkpoint: Checkpoint, stamp: Stamp) -> Stamp:
 
 def logged_losses(folder: Path) -> tuple[tuple[int, str], ...]:
     """The training losses that a Trainer logged beside a checkpoint, by step, as text; the last few hundred."""
+    entries = [entry for entry in _log(folder) if isinstance(entry.get("step"), int) and "loss" in entry]
+    return tuple((entry["step"], repr(entry["loss"])) for entry in entries[-_MOST_LOSSES:])
+
+
+def logged_rates(folder: Path) -> dict[str, float]:
+    """The last learning rate that a Trainer logged beside a checkpoint, and the largest; empty without a log."""
+    rates = [rate for entry in _log(folder) if isinstance(rate := entry.get("learning_rate"), int | float)]
+    return {"learning_rate": float(rates[-1]), "peak_rate": float(max(rates))} if rates else {}
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
     try:
         state: Any = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        entries = [e for e in state["log_history"] if isinstance(e.get("step"), int) and "loss" in e]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return ()
-    return tuple((entry["step"], repr(entry["loss"])) for entry in entries[-_MOST_LOSSES:])
+        return [entry for entry in state["log_history"] if isinstance(entry, dict)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

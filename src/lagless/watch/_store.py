@@ -7,7 +7,8 @@ that a disk which held two generations has room for the next.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,6 +98,15 @@ class BufferFile:
             self._descriptor = -1
 
 
+def size_of(files: Iterable[Path]) -> int:
+    """Bytes of files, those left out that are just going."""
+    total = 0
+    for file in files:
+        with suppress(OSError):
+            total += file.stat().st_size
+    return total
+
+
 class Store:
     """The files in the folder of the state.
 
@@ -144,7 +154,7 @@ class Store:
 
     def nbytes(self) -> int:
         """Bytes on the disk."""
-        return sum(path.stat().st_size for path in self._files())
+        return size_of(self._files())
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(f"*{_SUFFIX}"))

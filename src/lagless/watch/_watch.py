@@ -17,11 +17,11 @@ from lagless.watch._averages import Averages, NonFiniteError
 from lagless.watch._command import CommandEvaluation
 from lagless.watch._evaluations import Evaluations
 from lagless.watch._lock import only_watcher
-from lagless.watch._metrics import Metrics
+from lagless.watch._metrics import Metrics, plain
 from lagless.watch._models import Models, keep_companions
 from lagless.watch._plans import CommandPlan, Evaluate, HeldOutPlan
 from lagless.watch._record import PassedOver
-from lagless.watch._scan import Seen, Settling, logged_losses, look, stamp_of_files, weight_stamp
+from lagless.watch._scan import Seen, Settling, logged_losses, logged_rates, look, stamp_of_files, weight_stamp
 from lagless.watch._timeline import Absorb, PassOver, Pending, RollBack, Verify, decide, stale, went_back_to
 
 Sink = Callable[[dict[str, Any]], None]
@@ -166,10 +166,11 @@ class Watch:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to the metrics, and pass it on."""
+        row = plain(row)
         try:
-            row = self.metrics.append(row)
-        except OSError as error:
-            row = {**row, "unwritten": str(error)}
+            self.metrics.append(row)
+        except OSError as error:  # a full disk ends no watch
+            row["unwritten"] = str(error)
         for sink in self.sinks:
             sink(row)
 
@@ -215,6 +216,7 @@ class Watch:
                 "bytes": absorbed.nbytes,
                 "seconds": round(absorbed.seconds, 3),
                 "state_bytes": self.averages.store.nbytes(),
+                **logged_rates(checkpoint.folder),
             }
         )
 
