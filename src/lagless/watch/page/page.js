@@ -48,7 +48,7 @@ function chart(place, series, names, { low, high, ignoreFirst = false } = {}) {
   const narrow = window.matchMedia("(max-width: 720px)").matches;
   const wide = place.parentElement.classList.contains("wide");
   const width = wide && !narrow ? 1100 : 720, height = narrow ? 460 : wide ? 340 : 300;
-  const left = narrow ? 100 : 62, right = 14, top = 12, bottom = narrow ? 44 : 28;
+  const left = narrow ? 100 : 62, right = 14, top = narrow ? 20 : 12, bottom = narrow ? 44 : 28;
   const shown = series.filter(([, points]) => points.length);
   place.replaceChildren();
   if (!shown.length) { place.append(element("p", "nothing yet", { class: "note" })); return; }
