@@ -44,8 +44,17 @@ class AverageStep(NamedTuple):
 def average_step(rule: Rule, step: int) -> AverageStep:
     """What ``rule``'s average does at ``step``.
 
+    The target of step t is the average A_s that was read at the latest update s < t,
+
+        target_t = A_s + d_s (θ_{t-1} - θ_s)
+
+    where d_s is the share of θ_s in it that is no buffer's: α_s for BEMA, whose correction goes on with the iterate,
+    and 0 for the other rules, whose targets rest until the next update. At s = t - 1 it is what ``read()`` returns
+    before the step. Between updates ``read()`` counts θ_{t-1} in as one more update would; the pull does not, since that
+    would weaken it by the gain of an update that is not made.
+
     Through burn-in the buffers follow the weights, and nothing is pulled. Until the first update all of them hold the
-    weights at the end of burn-in.
+    weights at the end of burn-in, and these are the target.
 
     Args:
         rule: the averaging rule.

@@ -59,9 +59,10 @@ class PACE(AveragedOptimizer):
         eps: ε > 0, for Adam and for the gain of the pull.
         weight_decay: λ ≥ 0, decoupled.
         pullback: c ≥ 0. The useful value depends on the scale of the gradients: the loss times s needs c times s.
-        average: the rule of the average, any of :mod:`lagless.rules`. Until its first update the pull is towards the
-            weights at its start. With BEMA, which adds α_t(θ - θ_0) to its ema, the target lies ahead of the ema in the
-            direction travelled, so the pull brakes less.
+        average: the rule of the average, any of :mod:`lagless.rules`. Between its updates the target is the average
+            of the latest one, at step s. Until the first it is the weights at the end of burn-in. With BEMA it is
+            ema_s + α_s(θ_{t-1} - θ_0): it lies ahead of the ema in the direction travelled, so the pull brakes less,
+            and between updates it moves on with the iterate.
         clamp: whether gains end at 1.
         gate_pullback: pull only at the update steps of the average (Algorithm 1 of the paper; the authors' code pulls
             at every step). No difference for ``update_freq=1``.

@@ -67,7 +67,8 @@ class PrimalAveraging(WrappingOptimizer):
 
     Args:
         optimizer: the one that steps; it must not have stepped yet.
-        average: the rule of x. Until its first update x is z.
+        average: the rule of x. Between its updates x rests; with BEMA it is ema_s + α_s(z_t - z_0), s the latest
+            update, and moves on with z. Until the first update x is z at the end of burn-in.
         interpolation: m in [0, 1], or a function of the step (1-based) that gives it. A number can be set per group, as
             all that follow: before, in the groups given to ``optimizer``.
         pull: p in [0, 1], how far z moves to x at the update steps of the average.

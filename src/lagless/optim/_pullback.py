@@ -38,7 +38,8 @@ class Pullback(WrappingOptimizer):
     Args:
         optimizer: the one that steps.
         pullback: c ≥ 0. Can be set per group, as all that follow: before, in the groups given to ``optimizer``.
-        average: the rule of the average.
+        average: the rule of the average; what the pull is towards between its updates, and with BEMA, is as in
+            :class:`PACE`.
         clamp: whether gains end at 1.
         gate_pullback: pull only at the update steps of the average.
         average_dtype: of stored averages; None for float32 (wider where the parameters are), or ``torch.bfloat16``,
