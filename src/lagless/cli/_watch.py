@@ -49,6 +49,13 @@ def watch_command(
     length: Length = 512,
     batch_size: BatchSize = 8,
     device: Device = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove checkpoints of RUN that are in all averages.")] = False,
+    prune_keep: Annotated[int, typer.Option(min=1, help="Newest checkpoints that --prune leaves.")] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --prune: list them, remove nothing.")] = False,
+    max_disk: Annotated[str | None, typer.Option(metavar="SIZE", help="Most that OUT may use, e.g. 200GB.")] = None,
+    log: Annotated[
+        list[str], typer.Option(help="Pass losses on: tensorboard, wandb, mlflow, trackio; may be repeated.")
+    ] = [],  # noqa: B006
     serve: Annotated[bool, typer.Option("--serve", help="Show a page on 127.0.0.1.")] = False,
     port: Annotated[int | None, typer.Option(help="Port of the page. Default: 8642, or any that is free.")] = None,
     once: Annotated[bool, typer.Option(help="Take up what is there, then end; for cron and CI.")] = False,
@@ -75,10 +82,12 @@ def watch_command(
     Beside any trainer: nothing is changed in it. OUT/best is the best model so far. Started again, it goes on where it
     was. Exit codes: 0, all checkpoints are in the averages; 3, some were left out; 4, no average yet.
     """
-    from lagless.checkpoints import absolute_path
-    from lagless.watch import Settings, Table, Until, View, Waiter, Watch, follow
+    from lagless.checkpoints import absolute_path, parse_size
+    from lagless.watch import Settings, Table, Until, View, Waiter, Watch, Writer, follow
 
     require_rule(rule, settings, grid)
+    if dry_run and not prune:
+        raise ValueError("--dry-run lists what --prune would remove; give both.")
     ends = Until.parse(until)
     run = absolute_path(run)
     followed = Settings(
@@ -91,6 +100,9 @@ def watch_command(
         dtype=dtype,
         evaluate=_plan(data, task, eval_command, eval_timeout, sequences, length, batch_size, device, eval_dtype),
         evaluate_every=eval_every,
+        prune=prune_keep if prune else None,
+        prune_dry=dry_run,
+        max_disk=None if max_disk is None else parse_size(max_disk),
     )
     rules = chosen_rules([0, 1], rule, settings, grid)
     place = run.with_name(f"{run.name}-watch") if output is None else absolute_path(output)
@@ -100,6 +112,10 @@ def watch_command(
         watch = stack.enter_context(Watch(run, place, rules, followed))
         view = View(watch.metrics.rows())
         watch.sinks += [view, lambda row: waiter.wake()]
+        for kind in log:
+            writer = Writer(kind, run, place)
+            stack.callback(writer.close)
+            watch.sinks.append(writer)
         if serve:
             page = stack.enter_context(_page(lambda: view.data(watch), lambda: view.version(watch), port))
             out.print(f"page: {page.url}", highlight=False, markup=False)

@@ -7,3 +7,4 @@ from lagless.watch._table import Table as Table
 from lagless.watch._view import View as View
 from lagless.watch._wait import Waiter as Waiter
 from lagless.watch._watch import Settings as Settings, Watch as Watch
+from lagless.watch._writers import Writer as Writer

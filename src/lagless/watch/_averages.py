@@ -155,6 +155,13 @@ class Averages:
         self.store.discard(self._kept())
         return list(former[len(self.record.history) :])
 
+    def keep_only(self, count: int) -> None:
+        """Keep fewer states from now on, and remove the files of the others."""
+        self._keep = min(self._keep, count)
+        if len(self.record.generations) > self._keep:
+            self._commit(replace(self.record, generations=self.record.generations[-self._keep :]))
+        self.store.discard(self._kept())
+
     def note(self, record: Record) -> None:
         """Write a record that differs in what is known of checkpoints, not in buffers."""
         self._commit(record)

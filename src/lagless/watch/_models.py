@@ -145,6 +145,13 @@ class Models:
         if kept != self.kept:
             self._replace(sorted(kept, key=_rank))
 
+    def keep_only(self, count: int) -> None:
+        """Keep fewer models from now on, and remove the others."""
+        with self._lock:
+            self._keep = min(self._keep, count)
+            if len(self.kept) > self._keep:
+                self._replace(self.kept[: self._keep])
+
     def nbytes(self) -> int:
         """Bytes on the disk."""
         return size_of(Path(place, name) for place, _, names in os.walk(self.folder) for name in names)

@@ -20,6 +20,7 @@ from lagless.watch._lock import only_watcher
 from lagless.watch._metrics import Metrics, plain
 from lagless.watch._models import Models, keep_companions
 from lagless.watch._plans import CommandPlan, Evaluate, HeldOutPlan
+from lagless.watch._prune import clear_leftovers, removable, remove
 from lagless.watch._record import PassedOver
 from lagless.watch._scan import Seen, Settling, logged_losses, logged_rates, look, stamp_of_files, weight_stamp
 from lagless.watch._timeline import Absorb, PassOver, Pending, RollBack, Verify, decide, stale, went_back_to
@@ -44,6 +45,9 @@ class Settings:
         max_shard_size: of models written.
         evaluate: what measures models; None for nothing.
         evaluate_every: steps from one evaluation to the next at least.
+        prune: remove checkpoints that are in all averages, but so many of the newest; None to remove none.
+        prune_dry: only tell what would be removed.
+        max_disk: bytes that the output folder may use; None for any number.
     """
 
     start: Path | None = None
@@ -56,6 +60,13 @@ class Settings:
     max_shard_size: int | str = "5GB"
     evaluate: HeldOutPlan | CommandPlan | None = None
     evaluate_every: int = 0
+    prune: int | None = None
+    prune_dry: bool = False
+    max_disk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.prune is not None and self.prune < 1:
+            raise ValueError(f"--prune-keep {self.prune}: at least 1 checkpoint must stay, from which the run resumes.")
 
 
 class Watch:
@@ -94,6 +105,8 @@ class Watch:
             stack.enter_context(only_watcher(self.out))
             self.metrics = Metrics(self.out)
             settings = self.settings
+            if settings.prune is not None and not settings.prune_dry:
+                clear_leftovers(self.run)
             keep_live = settings.evaluate is not None
             self.averages = Averages(self.out / "state", self._rules, settings.keep_states, keep_live)
             self.models = Models(self.out, settings.keep, settings.dtype, settings.max_shard_size)
@@ -135,13 +148,15 @@ class Watch:
                 self.tell("torn", text, once=True, key=name, step=waiting.seen.step)
         match action:
             case Absorb():
-                return self._absorb(action)
+                return not self._is_full() and self._absorb(action)
             case Verify():
                 return self._verify(action)
             case RollBack():
                 return self._roll_back(action, seen)
             case PassOver():
                 return self._pass_over(action.seen, action.reason)
+        if self.settings.prune is not None:
+            self._prune(seen, self.settings.prune)
         return False
 
     def finish(self) -> None:
@@ -273,6 +288,37 @@ class Watch:
         self.averages.note(replace(record, passed_over=(*others, passed)))
         self.tell("passed over", f"{seen.path.name} is left out: {reason}", step=seen.step)
         return True
+
+    def _prune(self, seen: Sequence[Seen], keep: int) -> None:
+        """Remove what is not needed. The record that says so is on the disk, with the buffers that it names."""
+        for one in removable(self.averages.record, seen, keep):
+            if self.settings.prune_dry:
+                self.tell("would prune", f"{one.path.name} would be removed (--dry-run)", once=True, step=one.step)
+                continue
+            try:
+                freed = remove(one)
+            except OSError as error:
+                text = f"{one.path.name} could not be removed ({error.strerror})"
+                self.tell("not pruned", text, once=True, step=one.step)
+                continue
+            self.tell("pruned", f"{one.path.name} was removed, it is in all averages", step=one.step, bytes=freed)
+
+    def _is_full(self) -> bool:
+        """Whether the output folder uses more than it may, also with nothing in it that can be done without."""
+        most = self.settings.max_disk
+        if most is None or self._used() <= most:
+            return False
+        self.averages.keep_only(1)
+        self.models.keep_only(1)
+        if (used := self._used()) <= most:
+            self.tell("spared", "earlier states and further models were removed, for --max-disk", once=True)
+            return False
+        text = f"{self.out} uses {used:,} bytes, more than --max-disk {most:,}: nothing more is taken up"
+        self.tell("full", text, once=True)
+        return True
+
+    def _used(self) -> int:
+        return self.averages.store.nbytes() + self.models.nbytes()
 
     def _look_again(self) -> list[Seen]:
         try:
