@@ -65,6 +65,10 @@ class PrimalAveraging(WrappingOptimizer):
     Parameter groups, their settings and the state are the wrapped optimizer's own, so that schedulers, hooks and
     checkpoints see one optimizer. Statistics of BatchNorm layers belong to y: recompute them at x before evaluating.
 
+    An average about as short as the optimizer's momentum and m near 1 diverge together where each alone is stable: on a
+    parabola SGD with momentum 0.9, an EMA of decay 0.9 and m = 0.9 does from lr·curvature = 0.03 on. With momentum μ
+    and gain b of the average keep m ≤ (1 - μ)/(1 - μ + b); :func:`lagless.theory.largest_stable_rate` has the edge.
+
     Args:
         optimizer: the one that steps; it must not have stepped yet.
         average: the rule of x. Between its updates x rests; with BEMA it is ema_s + α_s(z_t - z_0), s the latest

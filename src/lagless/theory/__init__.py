@@ -54,6 +54,15 @@ from lagless.theory.preconditioning import (
     one_step_bias as one_step_bias,
     stationary_bias as stationary_bias,
 )
+from lagless.theory.primal import (
+    BestPrimalAveraging as BestPrimalAveraging,
+    PrimalMoments as PrimalMoments,
+    PrimalRecursion as PrimalRecursion,
+    best_primal_averaging as best_primal_averaging,
+    largest_stable_rate as largest_stable_rate,
+    plain_twin as plain_twin,
+    primal_moments as primal_moments,
+)
 from lagless.theory.trajectories import (
     Check as Check,
     DistanceCurves as DistanceCurves,

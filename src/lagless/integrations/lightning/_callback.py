@@ -158,7 +158,9 @@ class AveragingCallback(Callback):
             shifted=True,
         )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Log the gradient noise scale, as often as Lightning logs steps."""
         if trainer.global_step % trainer.log_every_n_steps == 0 and (scale := self._noise.value()) is not None:
             pl_module.log(f"train/{LOGGED}", scale)

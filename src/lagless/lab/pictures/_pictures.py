@@ -160,7 +160,7 @@ def _parts(seed: int, effort: Effort) -> list[tuple[str, str, Callable[[], Seque
         (inverting, "cancellation", cancelling),
     ]
     # A default argument binds each drawing, where a closure would see the last one only.
-    primers = [("Six traps", name, lambda draw=draw: [draw()]) for name, draw in PRIMERS.items()]
+    primers = [("Seven traps", name, lambda draw=draw: [draw()]) for name, draw in PRIMERS.items()]
     return parts + primers
 
 

@@ -1,10 +1,11 @@
-"""The figures of the six primers in the documentation."""
+"""The figures of the primers in the documentation."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from lagless.lab.pictures._drawing import COLOURS, QUIET, Picture, label_ends, logarithmic, new_figure
+from lagless.lab.pictures._interpolation import draw_interpolation
 from lagless.rules import BEMA, EMA, OUEMA, FloatArray, Rule, UniformAverage, trajectory_weights, weight_on_start
 from lagless.theory import (
     AdamEstimator,
@@ -276,5 +277,6 @@ PRIMERS = {
     "the-start": draw_the_start,
     "half-lives": draw_half_lives,
     "the-pull": draw_the_pull,
+    "between-iterate-and-average": draw_interpolation,
     "bias-of-an-inverse": draw_bias_of_an_inverse,
 }
