@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lagless.execution import untraced
+
 
 class Attachment:
     """The tie between an Averager and an optimizer; ``remove()`` cuts it.
@@ -21,6 +23,7 @@ class Attachment:
         optimizer: whose steps are followed; an optimizer of Accelerate's is looked into.
         before: called before every step.
         after: called after every step that changed the weights.
+        skipped: called after every other step.
         averaged: name → tensor that is averaged. A warning names those that this optimizer does not step and that had
             a gradient, but had not moved, when it first stepped: they would be averaged one step late.
 
@@ -33,6 +36,7 @@ class Attachment:
         optimizer: Optimizer,
         before: Callable[[], None],
         after: Callable[[], None],
+        skipped: Callable[[], None],
         averaged: Mapping[str, Tensor] | None = None,
     ) -> None:
         inner: Any = optimizer
@@ -73,10 +77,17 @@ class Attachment:
                     after()
                 finally:
                     self.stepping = False
+            else:
+                skipped()
 
         self.active, self.stepping = True, False
-        self._hooks = [inner.register_step_pre_hook(entered), inner.register_step_post_hook(stepped)]
-        self._hooks += [other.register_step_pre_hook(wrapped_stepped) for other in wrapped if _runs_hooks(other)]
+        self._hooks = [
+            inner.register_step_pre_hook(untraced(entered)),
+            inner.register_step_post_hook(untraced(stepped)),
+        ]
+        self._hooks += [
+            other.register_step_pre_hook(untraced(wrapped_stepped)) for other in wrapped if _runs_hooks(other)
+        ]
 
     def remove(self) -> None:
         """Stop following the optimizer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from lagless.averaging._state import State, buffer_with_low, live_digests, make_
 from lagless.averaging._steppers import Steppers
 from lagless.execution import (
     RuleSet,
+    Turns,
     combine,
     follow_optimizer,
     follow_optimizers,
@@ -117,7 +118,8 @@ class Averager:
         follow_optimizers()
         self._live = LiveTensors(source)
         self._check = LiveCheck(self._live)
-        self._steppers = Steppers(self._live, self._check)
+        self._turns = Turns()
+        self._steppers = Steppers(self._live, self._check, self._turns)
         observe_steps(self._steppers)
         self._applied: str | None = None
         self._attachment: Attachment | None = None
@@ -169,6 +171,14 @@ class Averager:
                 "the Averager is attached to an optimizer, whose steps it counts by itself: leave update() out, or "
                 "remove() the attachment first."
             )
+        with self._turns.between_reads():
+            try:
+                self._turns.begin_step()
+                self._update()
+            finally:
+                self._turns.end_step()
+
+    def _update(self) -> None:
         self._check.require()
         if self._stored_start is not None:
             self._stored_start.require_verified()
@@ -203,6 +213,7 @@ class Averager:
             optimizer,
             before=lambda: self._refuse_while_applied("step the optimizer"),
             after=self.update,
+            skipped=self._turns.end_step,
             averaged=self._live.named(),
         )
         try:
@@ -269,15 +280,18 @@ class Averager:
                 of the same parameters.
         """
         name = self._rules.resolve(name)
-        self._refuse_while_applied(f"apply {name!r}")
-        self.wait()
-        values = self._values(name)
-        self._applied = name
-        try:
-            with self._live.holding(values, f"the average {name!r}"):
-                yield
-        finally:
-            self._applied = None
+        with ExitStack() as stack:
+            with self._turns.still(f"apply {name!r}"):
+                self._refuse_while_applied(f"apply {name!r}")
+                self.wait()
+                values = self._values(name)
+                self._applied = name
+                stack.callback(self._forget_applied)
+                stack.enter_context(self._live.holding(values, f"the average {name!r}"))
+            yield
+
+    def _forget_applied(self) -> None:
+        self._applied = None
 
     @torch.no_grad()
     def copy_to_model(self, name: str | None = None) -> None:
@@ -292,18 +306,20 @@ class Averager:
             RuntimeError: before the first update of that rule, or while averaged weights are in the model.
         """
         name = self._rules.resolve(name)
-        self._refuse_while_applied(f"put {name!r} into the model")
-        self.wait()
-        values = self._values(name)
-        self.warn_of_weights()
-        leave_evaluation(self._live.parameters())
-        self._live.put(values)
+        with self._turns.still(f"put {name!r} into the model"):
+            self._refuse_while_applied(f"put {name!r} into the model")
+            self.wait()
+            values = self._values(name)
+            self.warn_of_weights()
+            leave_evaluation(self._live.parameters())
+            self._live.put(values)
 
     @torch.no_grad()
     def read(self, name: str | None = None, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The averaged weights as new tensors; the live ones stay untouched.
 
-        Averages are those of the weights that train, also while an optimizer shows others for evaluation.
+        Averages are those of the weights that train, also while an optimizer shows others for evaluation. Any thread
+        may read, and waits until a step and its update are complete; steps wait in turn.
 
         ``model.load_state_dict({**model.state_dict(), **avg.read()})`` makes a model of them: frozen parameters and
         buffers are the model's own. Names are those of the module that a compiled or distributed one wraps.
@@ -319,7 +335,8 @@ class Averager:
         Raises:
             RuntimeError: before the first update of that rule, or while averaged weights are in the model.
         """
-        averages = dict(self.named_averages(name, dtype=dtype))
+        with self._turns.still("read averages"):
+            averages = dict(self.named_averages(name, dtype=dtype))
         return averages | {alias: averages[first] for alias, first in self._live.aliases.items()}
 
     def named_averages(
@@ -327,12 +344,23 @@ class Averager:
     ) -> Iterator[tuple[str, Tensor]]:
         """The averaged weights of :meth:`read` one by one, so that they need never be in memory all at once.
 
-        Of tied tensors only the first comes, under its first name.
+        Of tied tensors only the first comes, under its first name. All are of one step: the next one is refused once
+        the weights have stepped.
         """
         name = self._rules.resolve(name)
-        self._refuse_while_applied(f"read {name!r}")
-        values = zip(self._live.names, self._live.shardings, self._values(name), strict=True)
-        return ((key, sharding.present(v if dtype is None else v.to(dtype))) for key, sharding, v in values)
+        with self._turns.still(f"read {name!r}"):
+            self._refuse_while_applied(f"read {name!r}")
+            values, begun = self._values(name), self._turns.steps
+
+        def averages() -> Iterator[tuple[str, Tensor]]:
+            for key, sharding in zip(self._live.names, self._live.shardings, strict=True):
+                with self._turns.still(f"read {name!r}"):
+                    self._refuse_while_applied(f"read {name!r}")
+                    self._turns.require_none_since(begun, f"read {name!r}")
+                    value = next(values)
+                yield key, sharding.present(value if dtype is None else value.to(dtype))
+
+        return averages()
 
     put = former_method("put", "copy_to_model")
     items = former_method("items", "named_averages")
@@ -355,7 +383,8 @@ class Averager:
         had never stopped. Those of sharded parameters are DTensors, which ``torch.distributed.checkpoint`` saves from
         all ranks at once and loads on any number of them.
         """
-        return self._state(self._check.digests())
+        with self._turns.still("make a state"):
+            return self._state(self._check.digests())
 
     def _state(self, digests: Mapping[str, str]) -> State:
         stored = self._stored_start
@@ -381,6 +410,10 @@ class Averager:
             ValueError: if it has not; nothing is changed then.
             RuntimeError: while averaged weights are in the model.
         """
+        with self._turns.still("load a state"):
+            self._load(state, check_live)
+
+    def _load(self, state: State, check_live: bool) -> None:
         self._refuse_while_applied("load a state")
         own = self._state({})
         tensors, with_low = match(state, own)
@@ -422,7 +455,8 @@ class Averager:
         """
         from lagless.averaging._state_file import save_file  # writes checkpoints
 
-        save_file(self.state_dict(), path)
+        with self._turns.still("save averages"):
+            save_file(self.state_dict(), path)
 
     def load(self, path: str | PathLike[str], *, check_live: bool = True) -> None:
         """Take over a state that :meth:`save` wrote, on as many ranks as there are now; each reads its own parts.

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lagless.execution import wait_for_copies
+from lagless.execution import forks, wait_for_copies
 
 STAGING_BYTES = 1 << 28  # 5 ms of copying at 50 GB/s: enough to keep copies going while the host works
 
@@ -52,6 +52,7 @@ class Offload:
         self._watched: list[tuple[Tensor, int]] = []  # live tensors, until they may change, and their versions
         self._changed = False
         self._lock = threading.Lock()
+        self._forks = forks()
         wait_for_copies(self)
 
     def start(
@@ -67,6 +68,7 @@ class Offload:
             blocks: pieces of them, of one dtype and device per block, and what to do with their copies.
             largest: bytes of the largest block; at most ``STAGING_BYTES``.
         """
+        self._require_own_process()
         self.wait()
         if largest > self._slot_bytes:
             self._slot_bytes, self._slots = largest, []
@@ -85,6 +87,7 @@ class Offload:
         """
         if self._pending is None or self._pending.done():
             return
+        self._require_own_process()
         self._issued.wait()
         for stream in self._streams.values():
             stream.hold()
@@ -96,11 +99,23 @@ class Offload:
         Raises:
             RuntimeError: if one has failed, at every call.
         """
+        if self._pending is not None and not self._pending.done():
+            self._require_own_process()
         if self._pending is not None and (error := self._pending.exception()) is not None:
             raise RuntimeError(
                 f"an update of the averages on the host has failed and left them incomplete ({error}); make a new "
                 "Averager, from the last saved state."
             ) from error
+
+    def _require_own_process(self) -> None:
+        """Refuse to wait for a thread, or to use one, that a forked process has not."""
+        if self._forks != forks():
+            raise RuntimeError(
+                "these averages are updated on the host by a thread of another process, of which this one is a fork, "
+                "without its threads. Use averages in the process that made the Averager, and start others with "
+                "multiprocessing's 'spawn' (torch.multiprocessing.set_start_method, multiprocessing_context of a "
+                "DataLoader)."
+            )
 
     def _run(self, blocks: Iterable[tuple[list[Tensor], Callable[[list[Tensor]], None]]]) -> None:
         free, staged = list(self._slots), deque[_Staged]()

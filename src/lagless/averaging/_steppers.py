@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lagless.averaging._live import LiveTensors
 from lagless.averaging._live_check import LiveCheck
-from lagless.execution import local
+from lagless.execution import Turns, local
 
 
 @dataclass
@@ -31,10 +31,11 @@ class Steppers:
     Args:
         live: what is averaged.
         check: of the live weights beside a loaded state, made before they first step.
+        turns: taken by every step of averaged tensors; the update that follows gives them back.
     """
 
-    def __init__(self, live: LiveTensors, check: LiveCheck) -> None:
-        self._live, self._check = live, check
+    def __init__(self, live: LiveTensors, check: LiveCheck, turns: Turns) -> None:
+        self._live, self._check, self._turns = live, check, turns
         self._known: weakref.WeakKeyDictionary[Optimizer, _Groups] = weakref.WeakKeyDictionary()
         self._ids = [id(tensor) for tensor in live.parameters()]
         self._versions = self._present_versions()
@@ -59,8 +60,8 @@ class Steppers:
         """Look at the groups of an optimizer that is about to step.
 
         Raises:
-            RuntimeError: if it stepped averaged tensors only, and has others now; or if it would move live weights that
-                are not those of a loaded state.
+            RuntimeError: if it stepped averaged tensors only, and has others now; if it would move live weights that
+                are not those of a loaded state; or while an average is in their place.
         """
         groups, before = _size(optimizer), self._known.get(optimizer)
         now = before if before is not None and before.size == groups else self._look(optimizer)
@@ -70,7 +71,10 @@ class Steppers:
                 f"{now.others} parameters were added to {type(optimizer).__name__} that are not averaged; {_JOIN}"
             )
         if now.ours:
-            self._check.require()
+            with self._turns.between_reads():
+                self._live.require_own("step the optimizer")
+                self._check.require()
+                self._turns.begin_step()
             self._ours_stepped = True
         else:
             self._foreign = type(optimizer).__name__

@@ -52,6 +52,7 @@ from lagless.execution._foreach import (
     foreach_sub_ as foreach_sub_,
     foreach_zero_ as foreach_zero_,
 )
+from lagless.execution._forks import forks as forks
 from lagless.execution._lerp_c import (
     LERP_C_MANY as LERP_C_MANY,
     LERP_C_SMALLEST as LERP_C_SMALLEST,
@@ -107,6 +108,8 @@ from lagless.execution._shown_weights import (
     showing as showing,
     shown_average as shown_average,
     trained_weights as trained_weights,
+    untraced as untraced,
     wait_for_copies as wait_for_copies,
     writing_weights as writing_weights,
 )
+from lagless.execution._turns import Turns as Turns

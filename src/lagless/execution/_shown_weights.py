@@ -8,18 +8,21 @@ the trained ones asks here.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lagless.execution._sharding import local
+from lagless.execution._turns import Turns
+
+Hook = TypeVar("Hook", bound=Callable[..., None])
 
 LIVE = "live"
 """Where the state of a parameter has its trained weights while the parameter shows others."""
@@ -63,15 +66,31 @@ def follow_optimizer(optimizer: Optimizer) -> None:
 
 @cache
 def follow_optimizers() -> None:
-    """Look at every optimizer that steps from now on, and have its steps wait for copies under way."""
+    """Look at every optimizer that steps from now on, and have its steps wait for copies under way and for its turn."""
 
     def before_step(optimizer: Optimizer, *_: Any) -> None:
         follow_optimizer(optimizer)
         for observer in tuple(_OBSERVERS):
             observer.before_step(optimizer)
+        if isinstance(turns := getattr(optimizer, "turns", None), Turns):
+            turns.begin_step()
         _release()
 
-    register_optimizer_step_pre_hook(before_step)
+    def after_step(optimizer: Optimizer, *_: Any) -> None:
+        if isinstance(turns := getattr(optimizer, "turns", None), Turns):
+            turns.end_step()
+
+    register_optimizer_step_pre_hook(untraced(before_step))
+    register_optimizer_step_post_hook(untraced(after_step))
+
+
+def untraced(hook: Hook) -> Hook:
+    """Return a hook that ``torch.compile`` calls, and does not trace, where it traces an optimizer's step.
+
+    ``torch.compiler.disable`` does as much, and loads the compiler.
+    """
+    hook._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return hook
 
 
 def observe_steps(observer: StepObserver) -> None:

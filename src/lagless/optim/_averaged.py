@@ -12,10 +12,12 @@ from torch.optim import Optimizer
 
 from lagless.execution import (
     LIVE as LIVE,
+    Turns,
     buffer_dtype,
     combine,
     counts,
     follow_optimizer,
+    follow_optimizers,
     local,
     require_own_weights,
     require_training_mode,
@@ -50,10 +52,15 @@ class AveragedOptimizer(Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
-        follow_optimizer(self)
+        self._begin_turns()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._begin_turns()
+
+    def _begin_turns(self) -> None:
+        self.turns = Turns()
+        follow_optimizers()
         follow_optimizer(self)
 
     @property
@@ -89,9 +96,10 @@ class AveragedOptimizer(Optimizer):
             RuntimeError: before the first update of the average, or if the parameters hold it already.
         """
         self._require_name(name)
-        self._refuse_while_evaluating("apply the average")
-        self._require_average()
-        self.eval()
+        with self.turns.still("apply the average"):
+            self._refuse_while_evaluating("apply the average")
+            self._require_average()
+            self.eval()
         try:
             yield
         finally:
@@ -107,18 +115,22 @@ class AveragedOptimizer(Optimizer):
         Raises:
             RuntimeError: while an Averager, or another optimizer's evaluation mode, has put other weights there.
         """
-        if not self._evaluating:
-            self._refuse_while_others_show("put the average into the parameters", training=True)
-            self._set_evaluating(True)
-            try:
-                with writing_weights():
-                    for parameter, value in self._values():
-                        self.state[parameter][LIVE] = parameter.detach().clone()
-                        parameter.copy_(value)
-            except BaseException:
-                self.train()
-                raise
+        with self.turns.still("put the average into the parameters"):
+            if not self._evaluating:
+                self._show_average()
         return self
+
+    def _show_average(self) -> None:
+        self._refuse_while_others_show("put the average into the parameters", training=True)
+        self._set_evaluating(True)
+        try:
+            with writing_weights():
+                for parameter, value in self._values():
+                    self.state[parameter][LIVE] = parameter.detach().clone()
+                    parameter.copy_(value)
+        except BaseException:
+            self.train()
+            raise
 
     @torch.no_grad()
     def train(self: Self, mode: bool = True) -> Self:
@@ -155,7 +167,8 @@ class AveragedOptimizer(Optimizer):
             RuntimeError: before the first update of the average.
             ValueError: if ``module`` has no parameter of this optimizer.
         """
-        averages = dict(self._named(module, dtype))
+        with self.turns.still("read the average"):
+            averages = dict(self._named(module, dtype))
         if module is None:
             return averages
         first = {p: averages[name] for name, p in module.named_parameters() if name in averages}
@@ -175,7 +188,7 @@ class AveragedOptimizer(Optimizer):
             dtype: as for :meth:`read`.
 
         Raises:
-            RuntimeError: before the first update of the average.
+            RuntimeError: before the first update of the average, and once this optimizer steps meanwhile.
             ValueError: if ``module`` has no parameter of this optimizer, or there is no average ``name``.
         """
         self._require_name(name)
@@ -192,12 +205,13 @@ class AveragedOptimizer(Optimizer):
             RuntimeError: before the first update of the average, or while the parameters hold it.
         """
         self._require_name(name)
-        self._refuse_while_evaluating("copy the average")
-        self._refuse_while_others_show("copy the average", training=True)
-        self._require_average()
-        with writing_weights():
-            for parameter, value in self._values():
-                parameter.copy_(value)
+        with self.turns.still("copy the average"):
+            self._refuse_while_evaluating("copy the average")
+            self._refuse_while_others_show("copy the average", training=True)
+            self._require_average()
+            with writing_weights():
+                for parameter, value in self._values():
+                    parameter.copy_(value)
 
     def _named(self, module: nn.Module | None, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         if module is not None and not {*module.parameters()} & {*self._parameters()}:
@@ -215,7 +229,19 @@ class AveragedOptimizer(Optimizer):
             }
         else:
             named = {parameter: name for name, parameter in module.named_parameters()}
-        return ((named[p], v if dtype is None else v.to(dtype)) for p, v in self._values() if p in named)
+        values, begun = self._values(), self.turns.steps
+
+        def averages() -> Iterator[tuple[str, Tensor]]:
+            while True:
+                with self.turns.still("read the average"):
+                    self.turns.require_none_since(begun, "read the average")
+                    if (pair := next(values, None)) is None:
+                        return
+                parameter, value = pair
+                if parameter in named:
+                    yield named[parameter], value if dtype is None else value.to(dtype)
+
+        return averages()
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim`` has it; rules are plain JSON, and nothing in it needs code to be loaded.

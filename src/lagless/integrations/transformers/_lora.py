@@ -83,9 +83,10 @@ class MergedLoraAverager(Averager):
     def update(self) -> None:
         """Count one optimizer step, and update the rules that are due."""
         step = self.step + 1
-        if any(rule.schedule.changes(step) for rule in self.rules.values()):
-            self._multiply()
-        super().update()
+        with self._turns.between_reads():
+            if any(rule.schedule.changes(step) for rule in self.rules.values()):
+                self._multiply()
+            super().update()
 
     @contextmanager
     def applied(self, name: str | None = None) -> Iterator[None]:
@@ -112,8 +113,9 @@ class MergedLoraAverager(Averager):
         self, name: str | None = None, *, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         """The averaged weights one by one, A and B in place of their product."""
-        averages = super().named_averages(name)
-        self._multiply()
+        with self._turns.still("read averages"):
+            averages = super().named_averages(name)
+            self._multiply()
         return ((key, value if dtype is None else value.to(dtype)) for key, value in self._apart(averages))
 
     def _apart(self, averages: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
