@@ -10,6 +10,7 @@ import numpy as np
 from experiments.shared.averages import ETAS, FRACTIONS, KAPPAS
 from experiments.shared.comparisons import Cells, Condition, against_live
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from lagless.checkpoints import atomic_file
 
@@ -37,14 +38,12 @@ def draw_shown(rows: Sequence[Mapping[str, Any]], floor: float, path: Path) -> N
                 fmt="o", ms=4, color=COLOURS.get(rate), label=f"rate {rate:g}, n = {mine[0]['seeds']}",
             )  # fmt: skip
         axes.axvspan(-floor, floor, color="0.85", lw=0)
-        axes.set_xscale("symlog", linthresh=LINEAR)
-        axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
-        axes.minorticks_off()
+        symlog(axes.xaxis, axes.set_xscale)
         axes.set(title=kind, xlabel="nats per token minus live")
         axes.legend(fontsize=7, frameon=False)
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].invert_yaxis()
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_widths(cells: Cells, path: Path) -> None:
@@ -68,14 +67,12 @@ def draw_widths(cells: Cells, path: Path) -> None:
                     xs, [against_live(cells[condition], name, PART).value for name in names], "o-", ms=3, label=label
                 )
             axes.axhline(0.0, color="0.6", lw=0.8)
-            axes.set_yscale("symlog", linthresh=LINEAR)
-            axes.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
-            axes.minorticks_off()
+            symlog(axes.yaxis, axes.set_yscale)
             axes.set(xlabel=("κ", "f")[row], title=_title(condition, len(cells[condition])) if row == 0 else "")
     for row in (0, 1):
         panels[row, 0].set_ylabel("nats per token minus live")
         panels[row, 0].legend(fontsize=7, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _kind(at: Mapping[str, Any]) -> str:
@@ -86,6 +83,15 @@ def _title(condition: Condition, seeds: int) -> str:
     return f"{condition.rate:g}, {condition.schedule}, n = {seeds}"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def symlog(axis: Any, set_scale: Any) -> None:
+    """Make an axis linear about 0 and logarithmic beyond, with few ticks."""
+    set_scale("symlog", linthresh=LINEAR)
+    axis.set_ticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axis.set_minor_locator(NullLocator())
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, the same bytes for the same figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial, partial.open("wb") as file:
         figure.savefig(file, format="png", dpi=90, metadata={"Software": None})

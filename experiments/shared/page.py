@@ -26,7 +26,7 @@ def write_report(plan: Plan, cells: Sequence[Cell], results: Path, page: Path) -
     if cells:
         draw_shown(summary["shown"], plan.floor, figures / f"{page.stem}-rules.png")
         draw_widths(by_condition(cells), figures / f"{page.stem}-widths.png")
-    _write(page, _page(plan, summary, page.stem))
+    write_text(page, _page(plan, summary, page.stem))
     return summary
 
 
@@ -36,7 +36,7 @@ def write_block(document: Path, summary: Mapping[str, Any]) -> None:
     _, _, after = rest.partition(END)
     if not rest or not after:
         raise ValueError(f"{document} has no lines {BEGIN!r} and {END!r}.")
-    _write(document, f"{before}{BEGIN}\n\n{block(summary)}\n\n{END}{after}")
+    write_text(document, f"{before}{BEGIN}\n\n{block(summary)}\n\n{END}{after}")
 
 
 def block(summary: Mapping[str, Any]) -> str:
@@ -60,7 +60,7 @@ def shown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     found: dict[str, dict[str, str]] = {}
     for row in rows:
         found.setdefault(row["label"], {})[_condition(row)] = f"{row['difference']:+.4f} ± {row['standard_error']:.4f}"
-    return _table(["rule", *conditions], [[label, *(by[c] for c in conditions)] for label, by in found.items()])
+    return table(["rule", *conditions], [[label, *(by[c] for c in conditions)] for label, by in found.items()])
 
 
 def _condition(row: Mapping[str, Any]) -> str:
@@ -68,7 +68,8 @@ def _condition(row: Mapping[str, Any]) -> str:
     return f"{at['optimizer']} {at['rate']:g}, {at['schedule']}, batch {at['batch']}, n = {row['seeds']}"
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text at once or not at all."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -83,7 +84,7 @@ def _page(plan: Plan, summary: Mapping[str, Any], stem: str) -> str:
         "Differences are nats per token; negative is better.",
         *(_figures(summary, stem) if summary["shown"] else []),
         "## Runs",
-        _table(
+        table(
             ["optimizer", "rate", "schedule", "batch", "seeds", *(f"live, {TEXTS[p]}" for p in PARTS), "θ_0, books"],
             [
                 [c["optimizer"], f"{c['rate']:g}", c["schedule"], c["batch"], len(c["seeds"]),
@@ -109,7 +110,7 @@ def _page(plan: Plan, summary: Mapping[str, Any], stem: str) -> str:
         f"Reporting books. Standard errors cover seeds and documents; those of documents alone are in brackets where "
         f"one seed is in. Verdicts need {plan.least_seeds} seeds, use p-values corrected by Holm over all comparisons, "
         f"and name no difference below {plan.floor}.",
-        _table(
+        table(
             ["", "claim", "source", "condition", "n", "difference", "method", "θ_0", "age/T", "iterates", "verdict"],
             [_claim_row(c) for c in summary["claims"]],
         ),
@@ -152,7 +153,7 @@ def _against_present(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     present = rows[0]["present"]
     return [
         f"Against the present default, `{present}`, on books, mean over the conditions:",
-        _table(
+        table(
             ["rule", f"minus `{present}`", "seeds in all conditions"],
             [[f"`{row['name']}`", f"{row['difference']:+.4f} {_error(row)}", row["seeds"]] for row in rows],
         ),
@@ -178,16 +179,16 @@ def _by_width(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     widths = [row["name"].removeprefix("ema-f f=") for row in rows if row["name"].startswith("ema-f ")]
     found = []
     for title, value in shown:
-        table = [[f, *(value(named[name.format(f=f)]) for name in COLUMNS.values())] for f in widths]
-        if not any(None in line for line in table):
-            numbers = [[line[0], *(f"{number:+.4f}" for number in line[1:])] for line in table]
-            found += [f"### {title}", _table(["f", *COLUMNS], numbers)]
+        values = [[f, *(value(named[name.format(f=f)]) for name in COLUMNS.values())] for f in widths]
+        if not any(None in line for line in values):
+            numbers = [[line[0], *(f"{number:+.4f}" for number in line[1:])] for line in values]
+            found += [f"### {title}", table(["f", *COLUMNS], numbers)]
     return found
 
 
 def _standings(rows: Sequence[Mapping[str, Any]], chosen: Sequence[str]) -> str:
     ordered = sorted(rows, key=lambda r: max(r["worst"].values()))
-    return _table(
+    return table(
         ["rule", "age/T", "iterates", "worst of all", "in", *(f"worst, {TEXTS[p]}" for p in PARTS),
          *(f"mean, {TEXTS[p]}" for p in PARTS), "books, constant", "books, decayed"],
         [
@@ -200,6 +201,7 @@ def _standings(rows: Sequence[Mapping[str, Any]], chosen: Sequence[str]) -> str:
     )  # fmt: skip
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table in Markdown."""
     lines = [list(map(str, head)), ["---"] * len(head), *(list(map(str, row)) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
