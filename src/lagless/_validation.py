@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 LARGEST = (2.0 - 2.0**-23) * 2.0**127
 """The largest number of float32."""
@@ -186,3 +186,23 @@ def _float(value: object) -> float:
 
 def _refuse(name: str, value: object, allowed: str) -> NoReturn:
     raise ValueError(f"{name}={shown(value)}; it must be {allowed}.")
+
+
+def is_object(value: Any) -> TypeGuard[dict[str, Any]]:
+    """Tell a JSON object, whose names are strings, from the other values that JSON knows."""
+    return isinstance(value, dict)
+
+
+def is_list(value: Any) -> TypeGuard[list[Any]]:
+    """Tell a list from other values, with nothing said of what is in it."""
+    return isinstance(value, list)
+
+
+def is_mapping(value: Any) -> TypeGuard[Mapping[Any, Any]]:
+    """Tell a mapping from other values, with nothing said of what is in it."""
+    return isinstance(value, Mapping)
+
+
+def is_tuple(value: Any) -> TypeGuard[tuple[Any, ...]]:
+    """Tell a tuple from other values, with nothing said of what is in it."""
+    return isinstance(value, tuple)

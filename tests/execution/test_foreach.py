@@ -1,4 +1,4 @@
-"""A canary: torch's private updates of lists are where they were and do what they did, or ``execution/_foreach`` moves."""
+"""A canary: torch's private updates of lists do what they did, or ``execution/_foreach`` is where to mend them."""
 
 import pytest
 import torch

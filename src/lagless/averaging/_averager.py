@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Generator, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -261,7 +261,7 @@ class Averager:
         return self._applied
 
     @contextmanager
-    def applied(self, name: str | None = None) -> Iterator[None]:
+    def applied(self, name: str | None = None) -> Generator[None]:
         """The model with averaged weights inside the ``with`` block; afterwards, also after an error, the live bits.
 
         Weights are rounded to the parameters' dtype. One more copy of the parameters is held meanwhile, and whatever
@@ -425,7 +425,7 @@ class Averager:
         for i, name in enumerate(self._rules.buffer_names()):
             if name in with_low:
                 self._buffers.keep_low(i)
-        left_out = []
+        left_out: list[str] = []
         for name, tensor in self._state({})["tensors"].items():
             if name in parts:
                 local(tensor).copy_(parts[name])

@@ -82,9 +82,9 @@ class _Block:
         whole: whether this is one large tensor, for a compiled kernel.
     """
 
-    live: list[Tensor] = field(default_factory=list)
-    buffers: list[list[Tensor]] = field(default_factory=list)
-    low: list[list[Tensor]] = field(default_factory=list)
+    live: list[Tensor] = field(default_factory=list[Tensor])
+    buffers: list[list[Tensor]] = field(default_factory=list[list[Tensor]])
+    low: list[list[Tensor]] = field(default_factory=list[list[Tensor]])
     whole: bool = False
 
 
@@ -306,7 +306,8 @@ def _blocks(
         return found[piece.number]
 
     for part in parts:
-        places, lists = [piece.place for piece in part.pieces], []
+        places = [piece.place for piece in part.pieces]
+        lists: list[list[Tensor]] = []
         for n, tensors in enumerate((live, *buffers, *low)):
             own = [tensors[i] for i in places] if tensors else []
             if not own or own[0] is None:  # all are of one kind
@@ -314,7 +315,7 @@ def _blocks(
             elif part.cut:
                 lists.append([piece_of(n, cast(Tensor, t), piece) for t, piece in zip(own, part.pieces, strict=True)])
             else:
-                lists.append(own)
+                lists.append(cast("list[Tensor]", own))
         yield _Block(lists[0], lists[1 : 1 + len(buffers)], lists[1 + len(buffers) :], part.whole)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lagless._validation import is_tuple
 from lagless.averaging._module_buffers import ModuleBuffers
 from lagless.averaging._outline import Outline
+from lagless.averaging._tables import modules_of, parameters_of
 from lagless.execution import (
     Sharding,
     fsdp_modules,
@@ -35,7 +38,7 @@ class _Parameter:
     key: str
 
     def peek(self) -> Tensor | None:
-        return self.owner._parameters.get(self.key)
+        return parameters_of(self.owner).get(self.key)
 
     def get(self) -> Tensor:
         parameter = self.peek()
@@ -224,7 +227,7 @@ class LiveTensors:
                 )
 
     @contextmanager
-    def holding(self, values: Iterable[Tensor], what: str) -> Iterator[None]:
+    def holding(self, values: Iterable[Tensor], what: str) -> Generator[None]:
         """Hold ``values``, rounded to the tensors' dtypes, inside the ``with`` block; afterwards the present bits.
 
         The present ones are copied and put back, also after an error; whatever the block does to the tensors (new
@@ -288,13 +291,14 @@ _ANEW = "make a new Averager after changing the model; its step=N joins a run at
 
 def _entries(source: Source) -> Iterator[tuple[str, _Place]]:
     if isinstance(source, nn.Module):
-        for prefix, owner in unwrap(source).named_modules(remove_duplicate=False):
-            for key, parameter in owner._parameters.items():
+        for prefix, owner in modules_of(unwrap(source)):
+            for key, parameter in parameters_of(owner).items():
                 if parameter is not None:
                     yield plain_name(f"{prefix}.{key}" if prefix else key), _Parameter(owner, key)
         return
-    for pair in source.items() if isinstance(source, Mapping) else source:
-        name, tensor = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, pair)
+    pairs: Iterable[Any] = cast("Iterable[Any]", source.items() if isinstance(source, Mapping) else source)
+    for pair in pairs:
+        name, tensor = pair if is_tuple(pair) and len(pair) == 2 else (None, pair)
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise TypeError(f"{pair!r} is not a named tensor; pass a module or model.named_parameters().")
         yield name, _Given(tensor)

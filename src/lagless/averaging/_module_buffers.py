@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lagless.averaging._tables import buffers_of
+
 
 class ModuleBuffers:
     """The present bits of a module's buffers.
@@ -15,7 +17,7 @@ class ModuleBuffers:
 
     def __init__(self, module: nn.Module | None) -> None:
         owners = module.modules() if module is not None else ()
-        self._places = [(owner, key, b) for owner in owners for key, b in owner._buffers.items() if b is not None]
+        self._places = [(owner, key, b) for owner in owners for key, b in buffers_of(owner).items() if b is not None]
         copies = {id(buffer): buffer.detach().clone() for _, _, buffer in self._places}
         self._bits = [copies[id(buffer)] for _, _, buffer in self._places]
 
@@ -24,7 +26,7 @@ class ModuleBuffers:
         """Put the same tensors with the same bits back where they were; buffers that are new stay."""
         # Versions do not tell which to write: inference mode changes tensors without counting.
         for (owner, key, buffer), bits in zip(self._places, self._bits, strict=True):
-            owner._buffers[key] = buffer
+            buffers_of(owner)[key] = buffer
             if (buffer.dtype, buffer.device, buffer.shape) != (bits.dtype, bits.device, bits.shape):
                 buffer.data = bits
             elif not _overlaps_itself(buffer):

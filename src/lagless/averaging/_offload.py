@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lagless.execution import forks, wait_for_copies
+from lagless.execution import forks, split, wait_for_copies
 
 STAGING_BYTES = 1 << 28  # 5 ms of copying at 50 GB/s: enough to keep copies going while the host works
 
@@ -146,7 +146,7 @@ class Offload:
 
     def _stage(self, pieces: list[Tensor], apply: Callable[[list[Tensor]], None], slot: Tensor) -> _Staged:
         dtype, sizes = pieces[0].dtype, [piece.numel() for piece in pieces]
-        room = slot.view(dtype)[: sum(sizes)].split(sizes)
+        room = split(slot.view(dtype)[: sum(sizes)], sizes)
         copies = [part.view(piece.shape) for part, piece in zip(room, pieces, strict=True)]
         return _Staged(slot, copies, self._streams[pieces[0].device].copy(pieces, copies), apply)
 

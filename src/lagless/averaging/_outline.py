@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from lagless.averaging._tables import children_of, parameters_of
+
 
 class Outline:
     """The modules of a model and the names of their parameters, as they were last seen.
@@ -21,8 +23,8 @@ class Outline:
     def look(self) -> None:
         """Take the present outline for the known one."""
         modules = list(self._module.modules())
-        self._children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
-        self._parameters = [(m._parameters, _present(m)) for m in modules]
+        self._children = [(children_of(m), tuple(children_of(m).values())) for m in modules if children_of(m)]
+        self._parameters = [(parameters_of(m), _present(m)) for m in modules]
 
     def changed(self) -> bool:
         """Whether a module has been put in, replaced or taken out since, or a parameter put in or taken out."""
@@ -33,4 +35,4 @@ class Outline:
 
 
 def _present(module: nn.Module) -> list[str]:
-    return [key for key, parameter in module._parameters.items() if parameter is not None]
+    return [key for key, parameter in parameters_of(module).items() if parameter is not None]

@@ -59,7 +59,7 @@ def make_state(
         for parameter, sharding, part in zip(live.names, live.shardings, bits, strict=bool(bits))
         if part is not None
     }
-    meta = {
+    meta: dict[str, Any] = {
         "format": FORMAT,
         "step": numbers["step"],
         "seed": numbers["seed"],
@@ -99,7 +99,7 @@ def match(state: State, expected: State) -> tuple[dict[str, Tensor], set[str]]:
                 f"averager state was made with rules {meta['rules']}, this Averager has {wanted['rules']}. "
                 "Make the Averager with the same rules and names, or start new averages."
             )
-        if (meta["start"] or {}).get("fingerprint") != (wanted["start"] or {}).get("fingerprint"):
+        if _fingerprint(meta["start"]) != _fingerprint(wanted["start"]):
             raise ValueError(
                 f"averager state was made with start={meta['start']}, this Averager has start={wanted['start']}. "
                 "Give the same base checkpoint."
@@ -183,6 +183,10 @@ def _says_low(entry: str) -> bool:
 
 def _is_low(name: str) -> bool:
     return name.split("/", 1)[0].endswith(_LOW)
+
+
+def _fingerprint(start: Mapping[str, Any] | None) -> Any:
+    return None if start is None else start.get("fingerprint")
 
 
 def _require_alike(name: str, found: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:

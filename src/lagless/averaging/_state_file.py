@@ -59,8 +59,10 @@ def load_file(path: str | PathLike[str]) -> State:
     if not path.is_file():
         raise FileNotFoundError(f"no averager state at {path}; give the file that Averager.save wrote.")
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            meta = (file.metadata() or {}).get(_KEY)
+        reader: Any = safetensors.safe_open(path, "pt")
+        with reader as file:
+            written: dict[str, str] = file.metadata() or {}
+            meta = written.get(_KEY)
             if meta is None:
                 raise ValueError(f"{path} is not an Averager's state; give the file that Averager.save wrote.")
             return {"tensors": {name: file.get_tensor(name) for name in file.keys()}, "meta": json.loads(meta)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -17,7 +17,7 @@ _SUFFIX = ".partial"
 
 
 @contextmanager
-def atomic_file(path: str | PathLike[str]) -> Iterator[Path]:
+def atomic_file(path: str | PathLike[str]) -> Generator[Path]:
     """Write a file atomically.
 
     Inside the ``with`` block an empty file under a temporary name takes the content. At its end that is forced onto the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def atomic_folder(
     out: Path,
     overwrite: bool = True,
     permissions: Permissions = Permissions(),  # noqa: B008 (immutable)
-) -> Iterator[Path]:
+) -> Generator[Path]:
     """Write a folder atomically.
 
     Inside the ``with`` block an empty folder under a temporary name takes the content. At its end the files are listed

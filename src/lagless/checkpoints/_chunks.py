@@ -82,7 +82,7 @@ class Chunk:
 
         def begin_of(run: int) -> int:
             index = np.unravel_index(run * length, sizes)
-            return int(np.ravel_multi_index([i + o for i, o in zip(index, offsets, strict=True)], whole))
+            return int(np.ravel_multi_index([int(i) + o for i, o in zip(index, offsets, strict=True)], whole))
 
         for run in range(max(bisect_right(range(count), start, key=begin_of) - 1, 0), count):
             begin = begin_of(run)

@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from lagless._validation import is_object
 from lagless._version import __version__
 
 RECORD = "lagless.json"
@@ -144,7 +145,7 @@ def _listed(folder: Path) -> _Listed:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return True
-    return files if isinstance(files, dict) else True
+    return files if is_object(files) else True
 
 
 def _folders_of(folder: Path, own: Iterable[Path]) -> set[Path]:

@@ -45,7 +45,7 @@ def open_dcp(folder: Path) -> tuple[dict[str, tuple[TensorInfo, ChunkedPlace]], 
             for key, entry in metadata["state_dict_metadata"].items()
             if type(entry).__name__ == "TensorStorageMetadata"
         }
-        mapping = metadata["planner_data"] or {}
+        mapping: dict[str, tuple[Any, ...]] = metadata["planner_data"] or {}
         names = _weight_names({key: mapping.get(key, (key,)) for key in tensors}, folder)
         if not names:
             top = {str(mapping.get(key, (key,))[0]) for key in metadata["state_dict_metadata"]}
@@ -95,7 +95,8 @@ def _place(folder: Path, key: str, entry: dict[str, Any], stored: dict[Any, Any]
             f"{folder / METADATA}: tensor {key!r} is {dtype}, which cannot be averaged. Save weights as bfloat16 or "
             "float32."
         )
-    info, chunks = TensorInfo(dtype, shape), []
+    info = TensorInfo(dtype, shape)
+    chunks: list[Chunk] = []
     boxes = [(tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])) for chunk in entry["chunks"]]
     if not covers(shape, boxes):
         raise CheckpointError(

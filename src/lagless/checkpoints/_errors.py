@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ class CheckpointError(Exception):
 
 
 @contextmanager
-def reporting(path: Path) -> Iterator[None]:
+def reporting(path: Path) -> Generator[None]:
     """Turn errors of the operating system inside the block into a :class:`CheckpointError`.
 
     Args:

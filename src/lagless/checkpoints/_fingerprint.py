@@ -35,7 +35,7 @@ def fingerprint(checkpoint: str | os.PathLike[str] | Checkpoint) -> str:
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     buffer = np.empty(_CHUNK, dtype=np.uint8)
-    digests = {}
+    digests: dict[str, str] = {}
     for name, info in opened.tensors.items():
         digest = xxhash.xxh3_128()
         with opened.reader(name) as reader:

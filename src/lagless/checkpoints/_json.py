@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lagless._validation import is_object
 from lagless.checkpoints._errors import CheckpointError
 
 
@@ -33,7 +34,7 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     """
     try:
         found = parse_json(path.read_bytes())
-        if not isinstance(found, dict):
+        if not is_object(found):
             raise ValueError(f"a {type(found).__name__}, not an object")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error

@@ -73,7 +73,7 @@ class Layout:
 
         (Ranges of one file written from several machines can spoil each other on a network file system.)
         """
-        loads, mine = [0] * ranks, set()
+        loads, mine = [0] * ranks, set[str]()
         for file in sorted(self.files, key=lambda file: file.size, reverse=True):
             least = loads.index(min(loads))
             loads[least] += file.size
@@ -116,7 +116,8 @@ def plan_layout(
         names = [f"{stem}.safetensors"]
     else:
         names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    files, places = [], {}
+    files: list[File] = []
+    places: dict[str, tuple[str, int]] = {}
     for name, shard in zip(names, shards, strict=True):
         header, offsets = build_header(shard)
         files.append(File(name, header, len(header) + total_bytes(shard.values())))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lagless._validation import is_list, is_object
 from lagless.checkpoints._checkpoint import Checkpoint
 from lagless.checkpoints._errors import CheckpointError
 from lagless.checkpoints._json import read_object
@@ -70,9 +71,9 @@ def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
     for key, value in settings.items():
         if _HARMLESS.fullmatch(str(key)):
             continue
-        if isinstance(value, Mapping) and value:
+        if is_object(value) and value:
             yield from _leaves(value, f"{prefix}{key}.")
-        elif key in _SETS and isinstance(value, list):
+        elif key in _SETS and is_list(value):
             yield prefix + key, sorted(map(str, value))
         else:
             yield _canonical(prefix + str(key)), value

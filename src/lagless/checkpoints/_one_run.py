@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from lagless._validation import is_list, is_object
 from lagless.checkpoints._checkpoint import Checkpoint
 from lagless.checkpoints._errors import CheckpointError, reporting
 from lagless.checkpoints._json import read_object
@@ -59,7 +60,7 @@ def _refuse_links(checkpoints: Sequence[Checkpoint]) -> None:
 def _check_order(checkpoints: Sequence[Checkpoint], steps: Sequence[int]) -> None:
     """Look for the later checkpoints of an older run, over which a run was started again."""
     logs = [dict(_losses(checkpoint.folder / _STATE)) for checkpoint in checkpoints]
-    aged = []
+    aged: list[tuple[int, int, float]] = []
     for earlier, later in pairwise(range(len(checkpoints))):
         common = sorted(step for step in logs[earlier].keys() & logs[later].keys() if step <= steps[earlier])
         for step in common:
@@ -93,6 +94,6 @@ def _losses(path: Path) -> Iterator[tuple[int, str]]:
         history: Any = read_object(path, "").get("log_history")
     except CheckpointError:
         return
-    for entry in history if isinstance(history, list) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and "loss" in entry:
+    for entry in history if is_list(history) else ():
+        if is_object(entry) and isinstance(entry.get("step"), int) and "loss" in entry:
             yield entry["step"], repr(entry["loss"])

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lagless._validation import is_object
 from lagless.checkpoints._checkpoint import Checkpoint
 from lagless.checkpoints._codes import refuse_codes
 from lagless.checkpoints._dcp import METADATA, find_dcp, open_dcp
@@ -238,8 +239,6 @@ def _open_shards(index: Path) -> tuple[dict[str, tuple[TensorInfo, Place]], list
 def _weight_map(index: Path) -> dict[str, str]:
     remedy = "Copy the checkpoint again, or leave it out."
     found = read_object(index, f"It should be an index of shards. {remedy}").get("weight_map")
-    if not isinstance(found, dict) or not all(
-        isinstance(file, str) and Path(file).name == file for file in found.values()
-    ):
+    if not is_object(found) or not all(isinstance(file, str) and Path(file).name == file for file in found.values()):
         raise CheckpointError(f"{index}: weight_map must give each tensor a file beside the index. {remedy}")
     return found

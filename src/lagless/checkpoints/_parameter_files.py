@@ -49,7 +49,9 @@ def _nanotron_parameter(name: str, files: list[Path]) -> tuple[TensorInfo, Place
     parts = [_data_of(file) for file in files]
     if len(files) == 1:
         return parts[0].info, FilePlace(files[0], parts[0].offset)
-    dtype, shape, chunks = parts[0].info.dtype, (), []
+    dtype = parts[0].info.dtype
+    shape: tuple[int, ...] = ()
+    chunks: list[PlainChunk] = []
     for file, part in zip(files, parts, strict=True):
         try:
             shape, pairs = _cut_of(file)
@@ -78,7 +80,7 @@ def _cut_of(file: Path) -> tuple[tuple[int, ...], list[tuple[_Slices, _Slices]]]
     """The shape of the whole parameter, and slices of the file's tensor with the slices of the whole that they are."""
     metadata = read_metadata(file)
     shape = tuple(int(size) for size in re.findall(r"\d+", metadata["unsharded_shape"].replace("np.int64", "")))
-    pairs = []
+    pairs: list[tuple[_Slices, _Slices]] = []
     for pair in metadata["local_global_slices_pairs"].split(";"):
         local, whole = ([_bounds(part) for part in side.split("|")] for side in pair.split("#"))
         pairs.append((local, whole))
@@ -130,7 +132,7 @@ def open_universal(zero: Path) -> _Opened:
         CheckpointError: if a parameter's file is missing or damaged.
     """
     places: dict[str, tuple[TensorInfo, Place]] = {}
-    files = []
+    files: list[Path] = []
     for entry in sorted(zero.iterdir()):
         if not entry.is_dir():
             continue

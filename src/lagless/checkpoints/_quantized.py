@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lagless._validation import is_list, is_mapping
 from lagless.checkpoints._errors import CheckpointError
 from lagless.checkpoints._json import read_object
 from lagless.checkpoints._readers import Bytes, Place, Reader, byte_view
@@ -77,7 +78,8 @@ def dequantized(config: Path, places: Places) -> Dequantized | None:
         _check_method(config, quantization, method)
         coded += [n for n, (info, _) in places.items() if info.dtype == torch.int8 and _scale_name(n, places)]
     block = quantization.get("weight_block_size") if quantization else None
-    found, used = {}, set()
+    found: dict[str, tuple[TensorInfo, Place]] = {}
+    used: set[str | None] = set()
     for name, (info, place) in places.items():
         if name in coded:
             scale, zero = _scale_name(name, places), f"{name}_zero_point"
@@ -91,7 +93,7 @@ def dequantized(config: Path, places: Places) -> Dequantized | None:
 
 def _quantization(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
     for key in ("quantization_config", "compression_config"):
-        if isinstance(found := settings.get(key), Mapping) and found:
+        if is_mapping(found := settings.get(key)) and found:
             return found
     return None
 
@@ -99,10 +101,10 @@ def _quantization(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _check_method(config: Path, quantization: Mapping[str, Any], method: str) -> None:
     form = quantization.get("format", "dense")
     groups = quantization.get("config_groups")
-    bits = {
+    bits: set[Any] = {
         weights.get("num_bits")
-        for group in (groups.values() if isinstance(groups, Mapping) else ())
-        if isinstance(group, Mapping) and isinstance(weights := group.get("weights"), Mapping)
+        for group in (groups.values() if is_mapping(groups) else ())
+        if is_mapping(group) and is_mapping(weights := group.get("weights"))
     }
     if method not in _METHODS or (method == "compressed-tensors" and (form not in _FORMATS or not bits <= {8})):
         detail = f", format {form!r}, {', '.join(map(str, sorted(bits, key=str)))} bits" if bits else ""
@@ -118,7 +120,7 @@ def _scale_name(name: str, places: Places) -> str | None:
 
 def _base_dtype(settings: Mapping[str, Any]) -> torch.dtype:
     for part in (settings, settings.get("text_config")):
-        if isinstance(part, Mapping):
+        if is_mapping(part):
             named = getattr(torch, str(part.get("dtype") or part.get("torch_dtype")), None)
             if isinstance(named, torch.dtype) and named.is_floating_point and named not in FLOAT8:
                 return named
@@ -154,9 +156,9 @@ def _block_sizes(path: Path, name: str, info: TensorInfo, scale: TensorInfo, blo
     shape = scale.shape
     if len(shape) == 1 and len(info.shape) > 1 and shape[0] == info.shape[0]:
         shape = (*shape, *(1 for _ in info.shape[1:]))  # one scale per row
-    given = list(block) if isinstance(block, list) else []
+    given: list[Any] = list(block) if is_list(block) else []
     given = [None] * (len(info.shape) - len(given)) + given
-    sizes = []
+    sizes: list[int] = []
     for size, count, step in zip(info.shape, shape, given, strict=False):
         if isinstance(step, int) and step > 0 and math.ceil(size / step) == count:
             sizes.append(step)

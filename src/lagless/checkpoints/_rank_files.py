@@ -77,7 +77,8 @@ def _join(
         raise CheckpointError(
             f"{files[0]}: tensor {name!r} is cut over a mesh of {len(first.dims)} dimensions. {_MERGE}"
         )
-    chunks, at = [], 0
+    chunks: list[PlainChunk] = []
+    at = 0
     for file, (part, begin) in zip(files, parts, strict=True):
         assert isinstance(part, ShardedTensor)
         sizes = part.local.shape

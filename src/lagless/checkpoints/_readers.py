@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -106,7 +106,7 @@ class StridedReader:
 
     def __init__(self, source: FileReader, info: TensorInfo, strides: tuple[int, ...], extent: int) -> None:
         self._source, self._info, self._strides, self._extent = source, info, strides, extent
-        self._elements: NDArray[np.void] | None = None
+        self._elements: Any = None  # of NDArray[np.void], whose views pyright does not know
 
     def read(self, offset: int, out: Bytes) -> None:
         """See :class:`Reader`."""
@@ -115,7 +115,9 @@ class StridedReader:
             held = np.empty(self._extent * size, dtype=np.uint8)
             self._source.read(0, held)
             steps = tuple(stride * size for stride in self._strides)
-            self._elements = as_strided(held.view(f"V{size}"), self._info.shape, steps, writeable=False)
+            self._elements = as_strided(
+                np.ndarray(self._extent, f"V{size}", held), self._info.shape, steps, writeable=False
+            )
         first, count = offset // size, out.size // size
         out[:] = self._elements.flat[first : first + count].view(np.uint8)  # copies the range, never the tensor
 

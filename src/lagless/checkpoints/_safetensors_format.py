@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lagless._validation import is_list, is_object
 from lagless.checkpoints._errors import CheckpointError
 from lagless.checkpoints._json import parse_json
 
@@ -98,7 +99,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         CheckpointError: if the file cannot be read, or its header is damaged.
     """
     metadata = _read(path)[0].get("__metadata__")
-    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
+    return {str(key): str(value) for key, value in metadata.items()} if is_object(metadata) else {}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -124,7 +125,7 @@ def _read(path: Path) -> tuple[dict[str, Any], int, int]:
         ) from error
     try:
         header = parse_json(text)
-        if not isinstance(header, dict):
+        if not is_object(header):
             raise ValueError("not an object")
     except ValueError as error:  # also UnicodeDecodeError
         raise CheckpointError(f"{path}: its safetensors header is not JSON ({error}). {_INCOMPLETE}") from error
@@ -140,7 +141,8 @@ def build_header(
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    offsets, end = {}, 0
+    offsets: dict[str, int] = {}
+    end = 0
     for name in order:
         info = tensors[name]
         offsets[name], end = end, end + info.nbytes
@@ -175,7 +177,7 @@ def _check_layout(path: Path, header: Mapping[str, Any], begin: int, size: int) 
 def _entry(path: Path, name: str, entry: Any) -> Stored:
     try:
         kind, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not (isinstance(kind, str) and isinstance(shape, list) and all(map(_is_count, (*shape, start, stop)))):
+        if not (isinstance(kind, str) and is_list(shape) and all(map(_is_count, (*shape, start, stop)))):
             raise TypeError
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{path}: the header entry of tensor {name!r} is malformed. {_INCOMPLETE}") from None

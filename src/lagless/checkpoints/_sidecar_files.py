@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from lagless._validation import is_object
 from lagless.checkpoints._errors import CheckpointError, reporting
 from lagless.checkpoints._json import read_object
 from lagless.checkpoints._layouts import step_named
@@ -118,5 +119,5 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
     for key, value in config.items():
         if key in ("dtype", "torch_dtype") and isinstance(value, str):
             config[key] = dtype
-        elif isinstance(value, dict):
+        elif is_object(value):
             _set_dtype(value, dtype)

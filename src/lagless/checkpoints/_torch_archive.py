@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import torch
 
+from lagless._validation import is_mapping, is_tuple
 from lagless.checkpoints._inert_pickle import InertUnpickler, Record
 
 _LOCAL_HEADER = struct.Struct("<4s5HIIIHH")
@@ -225,12 +226,12 @@ def _wrapper(kind: Any, dtype: torch.dtype, size: Any, *_: Any) -> Any:
 def _from_type(rebuild: Any, kind: Any, args: Any, state: Any) -> Any:
     """A DTensor's part; for every other subclass of a tensor a record that nobody can take for one."""
     # A class with slots has its state as a pair: its dictionary, and its slots.
-    state = next((part for part in state if isinstance(part, Mapping)), None) if isinstance(state, tuple) else state
-    local = state.get("_local_tensor") if isinstance(state, Mapping) else None
+    held: Any = next((part for part in state if is_mapping(part)), None) if is_tuple(state) else state
+    local = held.get("_local_tensor") if is_mapping(held) else None
     if rebuild is not _wrapper or getattr(kind, "__name__", "") != "DTensor" or not isinstance(local, ArchivedTensor):
         return type("_rebuild_from_type_v2", (Record,), {})()
     dims: list[int | None] = []
-    for placement in state["_spec"].state["placements"]:
+    for placement in held["_spec"].state["placements"]:
         name = type(placement).__name__
         if name not in ("Shard", "Replicate"):
             raise ValueError(f"a tensor is placed as {name}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lagless._validation import is_mapping
 from lagless.checkpoints._errors import CheckpointError
 from lagless.checkpoints._inert_pickle import Record
 from lagless.checkpoints._readers import FilePlace, Place, StridedPlace
@@ -55,7 +56,7 @@ def open_entry(path: Path, key: str) -> tuple[TensorInfo, Place]:
         with path.open("rb") as file:
             archive = TorchArchive(file)
             content = archive.content
-            return _open_tensor(path, key, content[key] if isinstance(content, Mapping) else content, archive)
+            return _open_tensor(path, key, content[key] if is_mapping(content) else content, archive)
     except CheckpointError:
         raise
     except Exception as error:  # zipfile and pickle raise many kinds for damaged files
@@ -66,7 +67,7 @@ def open_entry(path: Path, key: str) -> tuple[TensorInfo, Place]:
 
 def _state(path: Path, content: Any) -> list[tuple[str, Any]]:
     """The names and tensors of the one state dict in a file."""
-    found = {} if not isinstance(content, Mapping) else dict(_states(content, ()))
+    found = dict(_states(content, ())) if is_mapping(content) else {}
     if any(place and place[0] in STATE_KEYS for place in found):  # the live weights; their average is no iterate
         found = {place: None for place in found if not place or place[0] not in AVERAGE_KEYS}
     if len(found) > 1:
@@ -75,9 +76,9 @@ def _state(path: Path, content: Any) -> list[tuple[str, Any]]:
             f"{path}: holds matrices under {places}, and these may be different weights. Save the ones that are meant "
             "alone."
         )
-    inner = [content[key] for key in STATE_KEYS if isinstance(content, Mapping) and _tensors(content.get(key))]
-    state = next(iter([*inner, content]))
-    if not isinstance(state, Mapping) or not state:
+    inner = [content[key] for key in STATE_KEYS if is_mapping(content) and _tensors(content.get(key))]
+    state: Any = next(iter([*inner, content]))
+    if not is_mapping(state) or not state:
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a state dict. {_CONVERT}")
     return list(state.items())
 
@@ -89,13 +90,13 @@ def _states(content: Mapping[Any, Any], place: tuple[Any, ...]) -> Iterator[tupl
     if any(len(tensor.shape) > 1 and not is_other_state(f".{name}") for name, tensor in _tensors(content).items()):
         yield place, None
     for key, value in content.items():
-        if isinstance(value, Mapping) and not NOT_WEIGHTS.search(str(key)):
+        if is_mapping(value) and not NOT_WEIGHTS.search(str(key)):
             yield from _states(value, (*place, key))
 
 
 def _tensors(value: Any) -> dict[Any, ArchivedTensor]:
     """The tensors that are entries of ``value`` itself."""
-    items = value.items() if isinstance(value, Mapping) else ()
+    items = value.items() if is_mapping(value) else ()
     return {key: item for key, item in items if isinstance(item, ArchivedTensor)}
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from lagless._validation import is_list, is_mapping, is_object
 from lagless.checkpoints._errors import CheckpointError
 from lagless.checkpoints._json import read_object
 from lagless.checkpoints._torch_archive import ArchivedTensor, TorchArchive
@@ -119,8 +120,8 @@ def _logged(path: Path) -> Iterator[tuple[int, str, float]]:
         history: Any = read_object((path if path.is_dir() else path.parent) / STATE, "").get("log_history")
     except CheckpointError:
         return
-    for entry in history if isinstance(history, list) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+    for entry in history if is_list(history) else ():
+        if is_object(entry) and isinstance(entry.get("step"), int):
             for name, value in entry.items():
                 if name not in ("step", "epoch") and isinstance(value, (int, float)) and not isinstance(value, bool):
                     yield entry["step"], name, float(value)
@@ -134,8 +135,8 @@ def _stored(path: Path) -> dict[str, float]:
         return {}
     found: dict[str, float] = {}
     callbacks = content.get("callbacks")
-    for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
-        if isinstance(state, Mapping) and isinstance(monitor := state.get("monitor"), str):
+    for state in callbacks.values() if is_mapping(callbacks) else ():
+        if is_mapping(state) and isinstance(monitor := state.get("monitor"), str):
             if (score := _number(path, state.get("current_score"))) is not None:
                 found[monitor] = score
     if (own := _number(path, content.get("metric"))) is not None:
@@ -150,7 +151,7 @@ def _torch_content(path: Path) -> Mapping[Any, Any]:
             content = TorchArchive(opened).content
     except Exception as error:  # damaged files raise many kinds
         raise CheckpointError(f"{file}: cannot be read as a torch file ({error}).") from error
-    return content if isinstance(content, Mapping) else {}
+    return content if is_mapping(content) else {}
 
 
 def _number(path: Path, value: Any) -> float | None:

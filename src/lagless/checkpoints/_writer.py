@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -174,7 +174,7 @@ class ModelWriter:
             os.close(self._descriptors.popitem()[1])
 
     @contextmanager
-    def _reporting(self) -> Iterator[None]:
+    def _reporting(self) -> Generator[None]:
         try:
             yield
         except OSError as error:

@@ -6,6 +6,13 @@ from lagless.execution._adam_c import (
     adam_step_c as adam_step_c,
     fits_adam_c as fits_adam_c,
 )
+from lagless.execution._annotated import (
+    backward as backward,
+    from_numpy as from_numpy,
+    numbers as numbers,
+    split as split,
+    watch_gradient as watch_gradient,
+)
 from lagless.execution._autocast import without_autocast as without_autocast
 from lagless.execution._autograd_private import (
     after_pass as after_pass,

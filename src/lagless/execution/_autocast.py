@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
 
 import torch
 
 
 @contextmanager
-def without_autocast(devices: Iterable[torch.device]) -> Iterator[None]:
+def without_autocast(devices: Iterable[torch.device]) -> Generator[None]:
     """Compute in the tensors' own precision inside the ``with`` block.
 
     Steps called inside an autocast region, and hooks of a ``backward()`` called there, would multiply matrices in

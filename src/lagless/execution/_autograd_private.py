@@ -4,6 +4,8 @@ Microbatches are told apart by the pass that a gradient arrives in, for which to
 module fails where a release of torch has moved one of them.
 """
 
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import sys

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from lagless.execution._annotated import split
+
 # Elements. On CPUs the half dozen lists of a block, 1 MiB each, stay in cache from one operation to the next; elsewhere
 # a launch costs more, and a block is what bounds temporaries: half a dozen of them are about 1 % of weights and state.
 _CPU_BLOCK, _BLOCK, _SHARE = 1 << 18, 1 << 24, 1 << 7
@@ -29,7 +31,7 @@ def blocks(rows: Sequence[Row]) -> Iterator[list[list[Tensor]]]:
         for piece in cut(row, size):
             if block[0] and room < piece[0].numel():
                 yield block
-                block, room = [[] for _ in row], size
+                block, room = [list[Tensor]() for _ in row], size
             room -= piece[0].numel()
             for column, tensor in zip(block, piece, strict=True):
                 column.append(tensor)
@@ -58,9 +60,9 @@ def pieces(tensor: Tensor, size: int, flat: bool) -> tuple[Tensor, ...]:
         flat: whether to cut it as one line, which it must lie in.
     """
     if flat and 0 < size <= tensor.numel():
-        return tensor.view(-1).split(size)
+        return split(tensor.view(-1), size)
     if tensor.numel() <= size:
         return (tensor,)
     if rows := size * len(tensor) // tensor.numel():
-        return tensor.split(rows)
+        return split(tensor, rows)
     return tuple(piece for row in tensor for piece in pieces(row, size, flat))

@@ -30,7 +30,7 @@ NO_FMA = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthrea
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
 _FEWEST = 1 << 16  # elements per thread; starting one takes as long as some ten thousand elements
 
-REALS = {torch.float32: np.float32, torch.float64: np.float64}
+REALS: dict[torch.dtype, type[np.floating[Any]]] = {torch.float32: np.float32, torch.float64: np.float64}
 """Types that the C sources know."""
 
 
@@ -56,7 +56,9 @@ def functions(
     library = compile_source(source, flags)
     if library is None:
         return None
-    found = {dtype: getattr(library, f"{name}_{np.dtype(real).name}") for dtype, real in REALS.items()}
+    found: dict[torch.dtype, Any] = {
+        dtype: getattr(library, f"{name}_{real.__name__}") for dtype, real in REALS.items()
+    }
     for function in found.values():
         function.argtypes, function.restype = list(arguments), None
     return found

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lagless.execution._annotated import one_kernel
+
 KERNEL_SMALLEST = 1 << 16  # elements: below this, calling a compiled kernel costs more than it saves
 
 
@@ -37,14 +39,14 @@ def on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.devi
 @cache
 def compiled(formula: Callable[..., None]) -> Callable[..., None]:
     """``formula`` as one kernel for tensors of every size; autograd does not notice what it changes."""
-    options = {
+    options: dict[str, str | int | bool | Callable[..., Any]] = {
         # Otherwise casts down and up again are dropped, and what follows would be of unrounded values.
         "emulate_precision_casts": True,
         # Long formulas are cut by default, which writes temporaries as large as the tensors to memory.
         "realize_opcount_threshold": 10_000,
         "realize_reads_threshold": 10_000,
     }
-    return or_eager(torch.compile(formula, dynamic=True, fullgraph=True, options=options), formula)
+    return or_eager(one_kernel(formula, options), formula)
 
 
 def or_eager(kernel: Callable[..., None], formula: Callable[..., None]) -> Callable[..., None]:

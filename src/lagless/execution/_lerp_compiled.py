@@ -9,9 +9,9 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from types import FunctionType
 
-import torch
 from torch import Tensor
 
+from lagless.execution._annotated import one_kernel
 from lagless.execution._compiled import KERNEL_SMALLEST as KERNEL_SMALLEST, or_eager
 from lagless.execution._low_bits import lerp_low_single_
 
@@ -56,4 +56,4 @@ def _kernel(width: int, compensated: bool, kind: Hashable) -> Callable[..., None
     # torch counts recompilations by code object, and gives up at the ninth: every kind has one of its own.
     name = f"lerp_{width}_{abs(hash((compensated, kind)))}"
     own = FunctionType(kernel.__code__.replace(co_name=name), globals(), name, None, kernel.__closure__)
-    return or_eager(torch.compile(own, dynamic=True, fullgraph=True), own)
+    return or_eager(one_kernel(own), own)

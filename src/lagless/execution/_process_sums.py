@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lagless.execution._annotated import all_reduce, split, start_all_reduce
 from lagless.execution._foreach import foreach_copy_
 from lagless.execution._sharding import Sharding
 
@@ -20,7 +21,7 @@ def sum_in_place(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
     """Return a function that replaces a tensor by its sum over ``group`` and returns it."""
 
     def total(tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor, group=group)
+        all_reduce(tensor, group)
         return tensor
 
     return total
@@ -31,15 +32,15 @@ def sum_over(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> None:
 
     Tensors of one dtype and device are put together in buckets of at most 32 MiB; larger ones go as they are.
     """
-    works = []
+    works: list[tuple[dist.Work | None, list[Tensor], Tensor]] = []
     for bucket in _buckets(tensors):
         message = bucket[0] if len(bucket) == 1 else torch.cat([t.reshape(-1) for t in bucket])
-        works.append((dist.all_reduce(message, group=group, async_op=True), bucket, message))
+        works.append((start_all_reduce(message, group), bucket, message))
     for work, bucket, message in works:
         if work is not None:
             work.wait()
         if len(bucket) > 1:
-            parts = message.split([t.numel() for t in bucket])
+            parts = split(message, [t.numel() for t in bucket])
             foreach_copy_(bucket, [part.view(t.shape) for part, t in zip(parts, bucket, strict=True)])
 
 
@@ -51,7 +52,7 @@ def over_shards(value: Tensor, tensor: Tensor) -> Tensor:
     value = value.clone()
     for dimension, placement in enumerate(sharding.placements):
         if not placement.is_replicate():
-            dist.all_reduce(value, group=sharding.mesh.get_group(dimension))
+            all_reduce(value, sharding.mesh.get_group(dimension))
     return value
 
 
@@ -59,7 +60,7 @@ def sum_over_mesh(value: Tensor, sharded: DTensor) -> Tensor:
     """The sum over all processes of a sharded tensor's mesh."""
     value, mesh = value.to(sharded.device, copy=True), sharded.device_mesh
     for dimension in range(mesh.ndim):
-        dist.all_reduce(value, group=mesh.get_group(dimension))
+        all_reduce(value, mesh.get_group(dimension))
     return value
 
 

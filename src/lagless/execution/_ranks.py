@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from lagless.execution._annotated import all_gather_object
 from lagless.execution._errors import RankError
 
 T = TypeVar("T")
@@ -53,8 +54,7 @@ class Ranks:
         except Exception as error:
             failure = error
         told = None if failure is None else f"{type(failure).__name__}: {failure}"
-        outcomes: list[Any] = [None] * self.size
-        dist.all_gather_object(outcomes, (result, told), group=self._group)
+        outcomes = all_gather_object((result, told), self.size, self._group)
         if failure is not None:
             raise failure
         for rank, (_, message) in enumerate(outcomes):

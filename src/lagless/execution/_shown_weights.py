@@ -8,7 +8,7 @@ the trained ones asks here.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -57,7 +57,7 @@ _COPIES: weakref.WeakSet[Any] = weakref.WeakSet()
 _OBSERVERS: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def follow_optimizer(optimizer: Optimizer) -> None:
+def follow_optimizer(optimizer: object) -> None:
     """Look at ``optimizer`` whenever trained weights are needed, if it has an evaluation mode."""
     switches = callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
     if switches and isinstance(optimizer, Optimizer):
@@ -106,7 +106,7 @@ def wait_for_copies(copies: PendingCopies) -> None:
 
 
 @contextmanager
-def writing_weights() -> Iterator[None]:
+def writing_weights() -> Generator[None]:
     """Swap weights inside the block: copies under way are waited for, and no cast of the former weights survives.
 
     Inside an autocast region torch keeps the weights' low-precision casts, and does not see that they have changed.
@@ -119,7 +119,7 @@ def writing_weights() -> Iterator[None]:
 
 
 @contextmanager
-def showing(tensors: Iterable[Tensor], what: str) -> Iterator[None]:
+def showing(tensors: Iterable[Tensor], what: str) -> Generator[None]:
     """Say that ``tensors`` show ``what`` inside the block."""
     tensors = list(tensors)
     hold = _Hold(what, {key for tensor in tensors for key in _keys(tensor)}, tensors)
@@ -131,7 +131,7 @@ def showing(tensors: Iterable[Tensor], what: str) -> Iterator[None]:
 
 
 @contextmanager
-def keeping_modes(tensors: Iterable[Tensor]) -> Iterator[None]:
+def keeping_modes(tensors: Iterable[Tensor]) -> Generator[None]:
     """Switch optimizers of ``tensors`` back if the block switches their evaluation mode.
 
     That changes the tensors. Restore them afterwards.

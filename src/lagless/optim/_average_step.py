@@ -50,7 +50,7 @@ def average_step(rule: Rule, step: int) -> AverageStep:
 
     where d_s is the share of θ_s in it that is no buffer's: α_s for BEMA, whose correction goes on with the iterate,
     and 0 for the other rules, whose targets rest until the next update. At s = t - 1 it is what ``read()`` returns
-    before the step. Between updates ``read()`` counts θ_{t-1} in as one more update would; the pull does not, since that
+    before the step. Between two, ``read()`` counts θ_{t-1} in as one more update would; the pull does not, since that
     would weaken it by the gain of an update that is not made.
 
     Through burn-in the buffers follow the weights, and nothing is pulled. Until the first update all of them hold the

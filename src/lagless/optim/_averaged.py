@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
@@ -84,7 +84,7 @@ class AveragedOptimizer(Optimizer):
         return max((count_updates(rule, t) for rule, t in zip(rules, self._steps(), strict=True)), default=0)
 
     @contextmanager
-    def applied(self, name: str | None = None) -> Iterator[None]:
+    def applied(self, name: str | None = None) -> Generator[None]:
         """The parameters hold the average inside the ``with`` block; afterwards, also after an error, the live bits.
 
         Buffers are the model's, which the optimizer does not know: what the block does to running statistics stays.

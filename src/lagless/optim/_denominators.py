@@ -66,6 +66,11 @@ def _rmsprop(columns: list[Tensors], group: dict[str, Any], step: float) -> Tens
     return denominator
 
 
+def _adagrad_names(group: dict[str, Any]) -> tuple[str, ...]:
+    del group
+    return ("sum",)
+
+
 def _adagrad(columns: list[Tensors], group: dict[str, Any], step: float) -> Tensors:
     """((Σ g²)^½ + ε)(1 + (t - 1)·lr_decay): the learning rate that falls is part of D."""
     denominator = list(foreach_sqrt(columns[0]))
@@ -78,5 +83,5 @@ def _adagrad(columns: list[Tensors], group: dict[str, Any], step: float) -> Tens
 _KNOWN: dict[type[Optimizer], Denominator] = {
     Adam: Denominator(_adam_names, _adam, needs_step=True),  # AdamW is one
     RMSprop: Denominator(_rmsprop_names, _rmsprop, needs_step=False),
-    Adagrad: Denominator(lambda group: ("sum",), _adagrad, needs_step=True),
+    Adagrad: Denominator(_adagrad_names, _adagrad, needs_step=True),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -193,7 +193,7 @@ class PACE(AveragedOptimizer):
         return loss
 
     @contextmanager
-    def recording(self) -> Iterator[PullStatistics]:
+    def recording(self) -> Generator[PullStatistics]:
         """Statistics of the steps inside the ``with`` block: how much is clamped, gains and norms.
 
         Recorded steps go block by block, also with ``compile`` and ``capturable``. Of a block inside another one, the
@@ -266,7 +266,9 @@ class PACE(AveragedOptimizer):
 
 def _step_whole(rows: list[Row], k: PaceConstants, step: int) -> list[Row]:
     """Step the parameters for which one pass over memory is possible; returns the others."""
-    whole, large, others = [], [], []
+    whole: list[Row] = []
+    large: list[Row] = []
+    others: list[Row] = []
     for row in rows:
         (whole if fits_pace_c(row) else large if fits_kernel(row) else others).append(row)
     if whole:

@@ -231,7 +231,7 @@ class PrimalAveraging(WrappingOptimizer):
                 local(parameter).mul_(1.0 - decay)
         for (m, stored, _), rows in kinds.items():
             for y, z in blocks(rows):
-                ahead = [] if stored else foreach_lerp(z, y, 1.0 / m)
+                ahead = () if stored else foreach_lerp(z, y, 1.0 / m)
                 if decay:
                     foreach_add_(z, widened(y, z[0].dtype), alpha=-decay)
                 if y[0].dtype == z[0].dtype:

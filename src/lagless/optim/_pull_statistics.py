@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from lagless.execution import exact_dtype
+from lagless.execution import exact_dtype, numbers
 
 
 class PullStatistics:
@@ -55,10 +57,10 @@ class PullStatistics:
         """
         if not self._sums:
             raise RuntimeError("no step was recorded; take one inside the recording() block.")
-        count, clipped, gain, clamped, *squares = (
-            torch.stack([s.cpu().double() for s in self._sums.values()]).sum(0).tolist()
+        count, clipped, gain, clamped, *squares = numbers(
+            torch.stack([s.cpu().double() for s in self._sums.values()]).sum(0)
         )
-        largest, smallest = torch.stack([s.cpu().double() for s in self._largest.values()]).amax(0).tolist()
+        largest, smallest = numbers(torch.stack([s.cpu().double() for s in self._largest.values()]).amax(0))
         pull, adamw, update = ((square / self.steps) ** 0.5 for square in squares)
         return {
             "fraction_clipped": clipped / count,
@@ -72,7 +74,7 @@ class PullStatistics:
         }
 
     @staticmethod
-    def _take(into: dict[torch.device, Tensor], combine, values: Tensor) -> None:
+    def _take(into: dict[torch.device, Tensor], combine: Callable[[Tensor, Tensor], Tensor], values: Tensor) -> None:
         known = into.get(values.device)
         into[values.device] = values if known is None else combine(known, values)
 

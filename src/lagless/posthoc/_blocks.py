@@ -12,8 +12,8 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lagless.checkpoints import FileReader, Reader, byte_view
-from lagless.execution import Pieces, Product
+from lagless.checkpoints import Bytes, FileReader, Reader, byte_view
+from lagless.execution import Pieces, Product, from_numpy
 
 WIDEST = 8  # bytes of the widest type that is stored
 
@@ -113,7 +113,7 @@ class Workspace:
         self, weights: NDArray[np.float64], width: int, dtype: torch.dtype, checked: Sequence[int], scratch: Tensor
     ) -> None:
         count, columns = weights.shape
-        self._weights, self._width, self._checked = torch.from_numpy(weights).to(dtype), width, checked
+        self._weights, self._width, self._checked = from_numpy(weights).to(dtype), width, checked
         self._scratch = scratch
         self.rows = torch.zeros(columns, width + _PADDING, dtype=dtype, device="cpu")[:, :width]
         self._sums = torch.zeros(count, width + _PADDING, dtype=dtype, device="cpu")[:, :width]
@@ -136,7 +136,8 @@ class Workspace:
         rows, sums = self.rows[:, :count], self._sums[:, :count]
         slot = self._width * max((stored.itemsize for stored in types if stored != rows.dtype), default=0)
         slots = self._scratch[: slot * len(rows)].view(len(rows), -1)
-        pieces, converted = [], []
+        pieces: list[Bytes] = []
+        converted: list[tuple[Tensor, Tensor]] = []
         for stored, run in groupby(range(len(rows)), types.__getitem__):
             alike = list(run)
             part = slice(alike[0], alike[-1] + 1)
@@ -178,7 +179,7 @@ def keep_constants(rows: Tensor, sums: Tensor, which: Sequence[int]) -> Tensor |
         same &= np.equal(row, values[0], out=equal)
     if not same.any():
         return None
-    found = torch.from_numpy(same)
+    found = from_numpy(same)
     for g in which:
         torch.where(found, rows[-1], sums[g], out=sums[g])
     return found
@@ -186,7 +187,7 @@ def keep_constants(rows: Tensor, sums: Tensor, which: Sequence[int]) -> Tensor |
 
 def covering_rows(weights: NDArray[np.float64]) -> list[int]:
     """A few rows in which every column has a nonzero weight: NaN or infinity in any checkpoint shows in their sums."""
-    left, chosen = np.ones(weights.shape[1], dtype=bool), []
+    left, chosen = np.ones(weights.shape[1], dtype=bool), list[int]()
     while left.any():
         chosen.append(int(np.argmax((weights[:, left] != 0.0).sum(axis=1))))
         left &= weights[chosen[-1]] == 0.0

@@ -32,7 +32,7 @@ from lagless.checkpoints import (
     is_averaged,
     spare_descriptors,
 )
-from lagless.execution import BLOCK, Ranks, RuleSet, first_nan, move_block, read_block, start_buffers
+from lagless.execution import BLOCK, Ranks, RowUpdate, RuleSet, first_nan, move_block, read_block, start_buffers
 from lagless.posthoc._weighted_sums import Consumer, Progress
 from lagless.rules import Rule
 
@@ -97,7 +97,7 @@ class _Pass:
         self._checked, self._progress = not allow_nonfinite, progress
         named = {f"r{i}": rule for i, rule in enumerate(rules)}
         rule_set = RuleSet(named, steps[0], every_step=False)
-        self._keys, self._moves = rule_set.keys, []
+        self._keys, self._moves = rule_set.keys, list[Sequence[RowUpdate]]()
         for step in steps[1:]:
             rows, rule_set.last = rule_set.advance(step)
             self._moves.append(rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from typing import Literal, Protocol
@@ -273,7 +273,7 @@ def _default_workers() -> int:
 
 
 @contextmanager
-def _one_thread_per_operation() -> Iterator[None]:
+def _one_thread_per_operation() -> Generator[None]:
     """Our workers are the parallelism; threads started by single operations would get in their way."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

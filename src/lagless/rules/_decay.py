@@ -113,7 +113,7 @@ class DecayAverage(Rule):
 
 
 def _length(duration: object, total_steps: int) -> int:
-    if isinstance(duration, Integral) and not isinstance(duration, bool) and 1 <= int(duration) <= total_steps:
+    if not isinstance(duration, bool) and isinstance(duration, Integral) and 1 <= int(duration) <= total_steps:
         return int(duration)
     if isinstance(duration, Real) and not isinstance(duration, Integral) and 0.0 < float(duration) <= 1.0:
         return max(1, round(float(duration) * total_steps))

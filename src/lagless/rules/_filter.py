@@ -6,6 +6,7 @@ running the recursion backwards on the read coefficients (its adjoint), not forw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -119,7 +120,7 @@ def common_update_freq(steps: Sequence[int], update_after: int = 0) -> int:
     100
     """
     after = [step - update_after for step in steps[1:] if step > update_after]
-    return int(np.gcd.reduce(after)) if after else 1
+    return math.gcd(*after) or 1
 
 
 def equivalent_schedule(rule: Rule, steps: ArrayLike, at: int | None = None) -> FloatArray:
@@ -155,7 +156,8 @@ def schedule_of(weights: ArrayLike) -> FloatArray:
     >>> schedule_of([0.25, 0.25, 0.5]).tolist()
     [1.0, 0.75, 0.5]
     """
-    return np.cumsum(np.asarray(weights, dtype=np.float64)[::-1])[::-1].copy()
+    own = np.asarray(weights, dtype=np.float64)
+    return np.array(np.flip(np.cumsum(np.flip(own))))
 
 
 def weights_of(schedule: ArrayLike) -> FloatArray:

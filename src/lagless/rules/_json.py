@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lagless._validation import is_list, is_mapping, is_tuple
 from lagless.rules._registry import find_rule, is_built_in
 from lagless.rules._rule import Rule
 
@@ -32,7 +33,7 @@ def rule_to_dict(rule: Rule) -> dict[str, Any]:
     return head | {name: _encoded(value) for name, value in values.items()}
 
 
-def rule_from_dict(data: Mapping[str, Any]) -> Rule:
+def rule_from_dict(data: object) -> Rule:
     """Return the rule that :func:`rule_to_dict` wrote.
 
     A rule that is not lagless's own must have been imported, or be declared by an installed package in the entry-point
@@ -41,7 +42,7 @@ def rule_from_dict(data: Mapping[str, Any]) -> Rule:
     Raises:
         ValueError: if the rule or an argument is unknown.
     """
-    if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
+    if not is_mapping(data) or not all(isinstance(key, str) for key in data):
         raise ValueError(f"an averaging rule is recorded as {data!r:.100}; it must be a mapping as of rule_to_dict().")
     values = dict(data)
     name, module = values.pop("rule", None), values.pop("module", None)
@@ -77,10 +78,10 @@ def hyperparameters(rule: Rule) -> dict[str, Any]:
 def _encoded(value: Any) -> Any:
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0.0 else "-inf"
-    return [_encoded(item) for item in value] if isinstance(value, tuple) else value
+    return [_encoded(item) for item in value] if is_tuple(value) else value
 
 
 def _decoded(value: Any) -> Any:
     if value in ("inf", "-inf"):
         return float(value)
-    return tuple(_decoded(item) for item in value) if isinstance(value, list) else value
+    return tuple(_decoded(item) for item in value) if is_list(value) else value

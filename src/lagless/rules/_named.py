@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from lagless._validation import is_mapping
 from lagless.rules._exponential import EMA
 from lagless.rules._rule import Rule
 
@@ -32,7 +32,7 @@ def named_rules(rules: Any) -> dict[str, Rule]:
         rules = default_rule()
     if isinstance(rules, Rule):
         return {type(rules).__name__.lower(): rules}
-    if not isinstance(rules, Mapping):
+    if not is_mapping(rules):
         raise TypeError(f"rules={rules!r}; {_WANTED}.")
     for name, rule in rules.items():
         if not isinstance(name, str) or not isinstance(rule, Rule):

@@ -92,12 +92,12 @@ def reconstruct(
             raise ValueError(f"{label} does not sum to 1 (sums: {sums}); weight rows of averages and checkpoints do.")
 
     # Σx = 1 is built in by measuring everything from the first row, and the ridge by rows that want x to be 0.
-    penalty = ridge * np.linalg.norm(target) * np.eye(len(rows))
+    penalty = ridge * _norm(target) * np.eye(len(rows))
     design, goal = np.hstack([rows, penalty]), np.concatenate([target, np.zeros(len(rows))])
-    free, *_ = np.linalg.lstsq((design[1:] - design[0]).T, goal - design[0], rcond=None)
-    coefficients = np.concatenate([[1.0 - free.sum()], free])
+    free = _least_squares((design[1:] - design[0]).T, goal - design[0])
+    coefficients = np.concatenate([[1.0 - float(free.sum())], free])
     realised = coefficients @ rows
-    residual = float(np.linalg.norm(realised - target) / np.linalg.norm(target))
+    residual = _norm(realised - target) / _norm(target)
     if not residual <= max_residual:
         raise ValueError(
             f"the stored averages cannot express the wanted one: relative residual {residual:.3g}, allowed "
@@ -117,3 +117,12 @@ def reconstruct(
             stacklevel=2,
         )
     return Reconstruction(coefficients, realised, residual, amplification)
+
+
+def _norm(vector: FloatArray) -> float:
+    return float(np.linalg.norm(vector))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+
+
+def _least_squares(design: FloatArray, goal: FloatArray) -> FloatArray:
+    found: FloatArray = np.linalg.lstsq(design, goal, rcond=None)[0]  # pyright: ignore
+    return found

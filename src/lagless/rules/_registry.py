@@ -64,7 +64,8 @@ def known_rules() -> dict[str, type[Rule]]:
     Returns:
         Name as it is typed (lower case, without - and _) → class.
     """
-    own, others = {}, {}
+    own: dict[str, type[Rule]] = {}
+    others: dict[str, type[Rule]] = {}
     for kind, rule in _nameable().items():
         (own if is_built_in(rule) else others)[kind] = rule
     for kind, declared in sorted(_declared().items()):

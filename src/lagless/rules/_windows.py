@@ -147,4 +147,4 @@ class WindowAverage(Rule):
 def _profile_exponent(width: float) -> float:
     """The largest real root of (s+2)² (s+3) = (s+1)/σ²."""
     inverse = width**-2
-    return max(0.0, float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max()))
+    return max(0.0, *(float(root.real) for root in np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])))

@@ -17,6 +17,7 @@ from lagless.updates._adam import (
     support_clip as support_clip,
 )
 from lagless.updates._lerp import lerp as lerp, lerp_square as lerp_square
+from lagless.updates._linalg import vector_norm as vector_norm
 from lagless.updates._noise_scale import NoiseMoments as NoiseMoments, noise_moments as noise_moments
 from lagless.updates._pace import (
     PaceConstants as PaceConstants,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lagless._validation import check_choice, check_number
 from lagless.updates._lerp import lerp
+from lagless.updates._linalg import vector_norm
 from lagless.updates._spread import Spread, pair
 
 CrossFit = Literal["none", "split", "symmetric", "leave_one_out"]
@@ -216,7 +217,7 @@ def _second_moment(form: AdamForm, top: Group, below: Group) -> Tensor:
         return s
     own, alpha = top.mean * top.mean, form.alpha
     if form.adaptive_alpha:
-        norms = (torch.linalg.vector_norm(own) + 1e-12) * (torch.linalg.vector_norm(s) + 1e-12)
+        norms = (vector_norm(own) + 1e-12) * (vector_norm(s) + 1e-12)
         alpha = alpha * ((own * s).sum() / norms).clamp(0.0, 1.0)
     return lerp(own, s, alpha)
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lagless.updates._linalg import LinAlgError, eigh
+
 
 class Eigenbasis(NamedTuple):
     """λ, ascending, shape (..., d), and Q with eigenvectors as columns, shape (..., d, d)."""
@@ -23,9 +25,9 @@ def eigenbasis(factor: Tensor, damping: float) -> Eigenbasis:
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     damped = factor + damping * identity
     try:
-        values, vectors = torch.linalg.eigh(damped)
-    except torch.linalg.LinAlgError:  # float32 iterations may fail to converge where those of float64 do not
-        values, vectors = (x.to(factor.dtype) for x in torch.linalg.eigh(damped.double()))
+        values, vectors = eigh(damped)
+    except LinAlgError:  # float32 iterations may fail to converge where those of float64 do not
+        values, vectors = (x.to(factor.dtype) for x in eigh(damped.double()))
     return Eigenbasis(values.clamp(min=1e-3 * damping), vectors)
 
 

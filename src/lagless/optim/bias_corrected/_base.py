@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -104,7 +105,8 @@ class BiasCorrected(MeasuresNoise, Optimizer):
             rate, sums = float(group["lr"]), None  # of a tensor on the device, a wait per group
             if corrects(group):
                 step = 1 + steps_taken(states, group)
-                sums = self._recorder.begin(index, step, lambda *when, g=group: method.records(states, g, *when))
+                wanted = partial(method.records, states, group)
+                sums = self._recorder.begin(index, step, wanted)
             method.update(states, group | {"lr": rate}, collected, sums)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lagless.execution import local, sum_over, without_autocast
+from lagless.execution import backward, local, numbers, sum_over, without_autocast
 from lagless.optim.bias_corrected._method import Group
 from lagless.optim.bias_corrected._microbatch_weights import half_of
 from lagless.optim.bias_corrected._microbatches import Microbatches
@@ -66,7 +66,7 @@ class Curvature:
         counts = torch.tensor([*self._estimates, *self._weights], dtype=torch.float64, device=device)
         totals = (total for _, p in wanted for total in self.sums[p].totals.values())
         sum_over(microbatches.group, [counts, *totals])
-        self._estimates, self._weights = [int(n) for n in counts[:2].tolist()], counts[2:].tolist()
+        self._estimates, self._weights = [int(n) for n in numbers(counts[:2])], numbers(counts[2:])
 
     def estimates(self, group: Group) -> int:
         """Return how many microbatches' curvature there is for a group."""
@@ -102,7 +102,7 @@ def _gradients_of_shards(
         p.grad = None
     microbatches.hooks.paused = True
     try:
-        loss.backward(retain_graph=retain_graph)
+        backward(loss, retain_graph)
         return [p.grad for p in parameters]
     finally:
         microbatches.hooks.paused = False

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from lagless.execution import split
+
 _PIECE = 1 << 16  # elements: the dozen temporaries of a formula stay in a core's cache
 
 
@@ -14,7 +16,7 @@ def pieces(*tensors: Tensor, whole: bool = False) -> Iterator[tuple[Tensor, ...]
     if whole or tensors[0].device.type != "cpu" or not all(t.is_contiguous() for t in tensors):
         yield tensors
         return
-    yield from zip(*(t.view(-1).split(_PIECE) for t in tensors), strict=True)
+    yield from zip(*(split(t.view(-1), _PIECE) for t in tensors), strict=True)
 
 
 def move(parameter: Tensor, update: Tensor, lr: float | Tensor, weight_decay: float) -> None:

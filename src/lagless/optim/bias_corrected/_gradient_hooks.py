@@ -6,10 +6,9 @@ import weakref
 from typing import Any, Protocol
 
 from torch import Tensor
-from torch.utils.hooks import unserializable_hook
 from torch.utils.weak import TensorWeakRef
 
-from lagless.execution import local, without_autocast
+from lagless.execution import local, watch_gradient, without_autocast
 
 
 class Receiver(Protocol):
@@ -46,7 +45,6 @@ class GradientHooks:
         """Tell the receiver about gradients of ``parameter``."""
         owner = weakref.ref(self)
 
-        @unserializable_hook
         def before(gradient: Tensor) -> None:
             if (alive := owner()) is not None and not alive.paused:
                 alive._comes(parameter, gradient)
@@ -58,7 +56,7 @@ class GradientHooks:
 
         wanted = parameter.requires_grad
         parameter.requires_grad_(True)  # those that are frozen for now take no hooks
-        self._handles += [parameter.register_hook(before), parameter.register_post_accumulate_grad_hook(after)]
+        self._handles += watch_gradient(parameter, before, after)
         parameter.requires_grad_(wanted)
 
     def forget(self) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from lagless._validation import require_number
-from lagless.execution import sum_over
+from lagless.execution import numbers, sum_over
 from lagless.optim.bias_corrected._collected import Weights
 
 
@@ -84,7 +84,7 @@ def weights_of_all(
     if group is not None:
         sums = sums.to(device)
         sum_over(group, [sums])
-    n_a, n_b, a, b, inverse = sums.tolist()
+    n_a, n_b, a, b, inverse = numbers(sums)
     n, total = n_a + n_b, a + b
     third = (n - 1.0) * (n - 2.0) / (total * inverse - 3.0 * n + 2.0) if n > 2 else 0.0
     return (int(n_a), int(n_b)), Weights(total or 1.0, a, b, third)

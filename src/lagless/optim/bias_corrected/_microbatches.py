@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lagless.execution import after_pass, current_pass, exact_dtype, local, sum_over, within_another_pass
+from lagless.execution import after_pass, current_pass, exact_dtype, local, numbers, sum_over, within_another_pass
 from lagless.optim.bias_corrected._collected import Collected, Weights
 from lagless.optim.bias_corrected._gradient_hooks import GradientHooks
 from lagless.optim.bias_corrected._gradients import norms, norms_of_whole
@@ -98,7 +98,7 @@ class Microbatches:
             counts = torch.tensor(reached, dtype=torch.float32, device=device)
             sum_over(self.group, [counts, *(total for _, track in present for total in track.sums.totals.values())])
             if any(key.half is not None for _, track in present for key in track.sums.totals):
-                reached = [(int(a), int(b)) for a, b in counts.tolist()]
+                reached = [(int(a), int(b)) for a, b in map(numbers, counts)]
         before = torch.stack([track.norm for _, track in present if track.norm is not None])
         after = torch.stack(norms([p for p, _ in present]))
         before, after = norms_of_whole([p for p, _ in present], torch.stack([before, after]))

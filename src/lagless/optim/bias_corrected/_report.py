@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lagless._validation import require_integer
+from lagless.execution import numbers
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class CorrectionSums:
 
     def result(self, index: int, group: dict[str, Any]) -> Correction:
         """The report; waits for the device."""
-        uu, us, ss, dd, spread = [0.0] * 5 if self._products is None else self._products.tolist()
+        uu, us, ss, dd, spread = [0.0] * 5 if self._products is None else numbers(self._products)
         return Correction(
             group=index,
             step=self.step,

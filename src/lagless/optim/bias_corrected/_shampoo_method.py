@@ -102,7 +102,7 @@ class ShampooMethod(Method):
     ) -> None:
         adamw = {"betas": group["adamw_betas"], "eps": group["adamw_eps"]}
         adamw |= {"support_clip": None, "support_eps": 0.0, "update_clip": None}
-        matrices = []
+        matrices: list[Tensor] = []
         for p in group["params"]:
             if p.grad is None:
                 continue

@@ -15,7 +15,16 @@ from lagless.optim.bias_corrected._elements import move as move_weights
 from lagless.optim.bias_corrected._factors import Factor, Partition
 from lagless.optim.bias_corrected._method import Group, States
 from lagless.optim.bias_corrected._report import CorrectionSums
-from lagless.updates import Eigenbasis, EmaWeights, Spread, eigenbasis, energies, inverse_fourth_root, two_nodes
+from lagless.updates import (
+    Eigenbasis,
+    EmaWeights,
+    Spread,
+    eigenbasis,
+    energies,
+    inverse_fourth_root,
+    two_nodes,
+    vector_norm,
+)
 
 
 def recorded_together(due: Sequence[Tensor], sums: CorrectionSums | None) -> CorrectionSums | None:
@@ -59,7 +68,8 @@ def take_roots(
         for factor, fed in zip(factors, _fed(states, group, p, factors, collected.get(p)), strict=True):
             states[p][factor.name("factor")].lerp_(fed, 1.0 - group["betas"][1])
             by_size[factor.size].append((p, factor))
-    bases, dispersions = {}, defaultdict(list)
+    bases: dict[tuple[Tensor, Factor], Eigenbasis] = {}
+    dispersions: defaultdict[Tensor, list[Tensor]] = defaultdict(list)
     for batch in by_size.values():
         stacked = torch.stack([states[p][factor.name("factor")] for p, factor in batch])
         found = eigenbasis(stacked, group["damping"])
@@ -133,13 +143,13 @@ def move(
     m.lerp_(fed, 1.0 - group["betas"][0])
     update = partition.multiply(_whole(state["exp_avg"]), [state[f.name("root")] for f in partition.factors])
     if group["norm_clip"] is not None:
-        update *= (group["norm_clip"] / torch.linalg.vector_norm(update).clamp(min=1e-30)).clamp(max=1.0)
+        update *= (group["norm_clip"] / vector_norm(update).clamp(min=1e-30)).clamp(max=1.0)
     if report is not None:
         roots = [inverse_fourth_root(bases[p, f], None, group["largest_root"]) for f in partition.factors]
         standard = _whole(sharding.present(old.lerp_(mean, 1.0 - group["betas"][0])))
         report.add(update, partition.multiply(standard, roots), dispersion)
     if group["grafting"] == "adamw":
-        update *= _adamw_norm(states, group, p, mean) / torch.linalg.vector_norm(update).clamp(min=1e-30)
+        update *= _adamw_norm(states, group, p, mean) / vector_norm(update).clamp(min=1e-30)
     move_weights(local(p), sharding.part_of(update), group["lr"], group["weight_decay"])
 
 
