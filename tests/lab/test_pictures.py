@@ -172,7 +172,7 @@ def test_numbers_become_plain_json():
 
 def test_the_page_needs_nothing_beside_it_and_every_figure_has_a_caption(laboratory):
     page = laboratory.page.read_text()
-    assert page.count("<img") == page.count("data:image/png;base64,") == len(laboratory.pictures) == 15
+    assert page.count("<img") == page.count("data:image/png;base64,") == len(laboratory.pictures) == 16
     assert not re.search(r"(src|href)='(?!data:|#)", page) and "http" not in page.replace("http-equiv", "")
     for picture in laboratory.pictures:
         assert (laboratory.out / f"{picture.name}.png").stat().st_size > 10_000
