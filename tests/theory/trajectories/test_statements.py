@@ -1,6 +1,7 @@
 """Every numbered statement of the paper on random instances, what makes a check fail, and the slips."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -45,6 +46,26 @@ def test_statements_hold(seed):
     guess = spd(rng, process.dimension) if seed % 3 else float(rng.uniform(0.2, 3.0))
     checks = check_statements(process, horizon, tau=horizon * rng.uniform(0.02, 0.95), guess=guess)
     assert [check for check in checks if not check.holds] == []
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_statement_is_said_not_to_hold_by_rounding(seed):
+    """Ill-conditioned instances, short and long horizons: each holds, or is refused with the numbers."""
+    rng = np.random.default_rng(seed)
+    d, span = int(rng.integers(1, 5)), float(rng.uniform(0, 8))
+    bases = [np.linalg.qr(rng.normal(size=(d, d)))[0] for _ in range(2)]
+    curvature, noise = 10 ** rng.uniform(-span, span, d), 10 ** rng.uniform(-span / 2, span / 2, d)
+    matrix, sigma = ((basis * values) @ basis.T for basis, values in zip(bases, (curvature, noise), strict=True))
+    arguments = (matrix + matrix.T) / 2, rng.normal(size=d), rng.normal(size=d), 10 ** rng.uniform(-3, 0)
+    horizon = 10 ** rng.uniform(-4, 4)
+    try:
+        process = OrnsteinUhlenbeck(*arguments, (sigma + sigma.T) / 2)
+        checks = check_statements(process, horizon)
+    except ValueError as error:
+        assert re.search("can tell whether statements hold up to|loses it to rounding|positive definite", str(error))
+        assert span > 1.0 and not isinstance(error, np.linalg.LinAlgError)
+    else:
+        assert [check for check in checks if not check.holds] == []
 
 
 def test_every_statement_is_there():
