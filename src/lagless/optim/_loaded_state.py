@@ -5,7 +5,6 @@ What is refused here would otherwise be used on the wrong elements, or fail at a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -138,7 +137,7 @@ def settings_of(index: int, given: Mapping[str, Any], own: Mapping[str, Any], ne
             "optimizer's. Load a state of this optimizer, or start with a new one."
         )
     names, ours = given.get("param_names"), own.get("param_names")
-    if names is not None:
+    if "param_names" in given:
         named = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if not named or len(names) != len(given["params"]):
             _refuse(f"'param_names' of group {index}", shown(names), f"a list of {len(given['params'])} names")
@@ -233,7 +232,7 @@ def _is_count(step: object) -> bool:
 
 
 def _is_whole(number: float) -> bool:
-    return math.isfinite(number) and 0 <= number <= _MOST_STEPS and number == int(number)
+    return 0 <= number <= _MOST_STEPS and number == int(number)  # not isfinite: integers of any size come here
 
 
 def _refuse(where: str, found: str, wanted: str) -> NoReturn:
