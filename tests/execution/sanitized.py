@@ -68,7 +68,7 @@ def check_all() -> None:
     _c._FLAGS = (*FLAGS, *SANITIZE)
     warnings.simplefilter("error")
     torch.manual_seed(0)
-    for check in (check_lerp, check_pace, check_adam, check_product, check_pieces):
+    for check in (check_lerp, check_pace, check_primal, check_adam, check_product, check_pieces):
         check()
         print(check.__name__, flush=True)
 
@@ -194,6 +194,27 @@ def check_pace() -> None:
     for place, wrong in itertools.product(range(5), _wrong(whole[0])):
         row = PaceRow(*[*whole[:place], wrong, *whole[place + 1 :]])
         _refused(lambda row=row: pace_step_c([PaceRow(*whole), row], k), f"pace {place} {wrong.dtype}")
+
+
+def check_primal() -> None:
+    import torch
+
+    from lagless.execution import PrimalRow, fits_primal_c, primal_step_c
+    from lagless.updates import PrimalConstants, primal_adamw
+
+    k = PrimalConstants(1.0, 0.99, 0.1, 0.05, 0.3, 0.1, 1e-8, 1.25, 0.01, 0.2, 0.1, 0.7)
+    for size, dtype, kind in _cases():
+        row = PrimalRow(*_tensors(size, dtype, 5, kind))
+        row.exp_avg_sq.abs_()
+        y, m, v, z = primal_adamw(*row, k)  # pyright: ignore
+        assert fits_primal_c(row)
+        primal_step_c([row, PrimalRow(*(t[:0] for t in row)), PrimalRow(*(t.clone() for t in row))], k)
+        if kind == "plain":
+            _close((row.weights, row.exp_avg, row.exp_avg_sq, row.iterate), (y, m, v, z), f"primal {size}")
+    whole = [torch.zeros(6, 4) for _ in range(5)]
+    for place, wrong in itertools.product(range(5), _wrong(whole[0])):
+        row = PrimalRow(*[*whole[:place], wrong, *whole[place + 1 :]])
+        _refused(lambda row=row: primal_step_c([PrimalRow(*whole), row], k), f"primal {place} {wrong.dtype}")
 
 
 def check_adam() -> None:

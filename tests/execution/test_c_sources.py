@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 import lagless.execution._c as c
-from lagless.execution import _adam_c, _lerp_c, _pace_c
+from lagless.execution import _adam_c, _lerp_c, _pace_c, _primal_c
+
+LIBRARIES = [_adam_c._library, _lerp_c._library, _pace_c._library, _primal_c._library]
 
 SOURCES = Path(c.__file__).parent / "c"
 
@@ -19,6 +21,6 @@ def test_included_files_exist(source):
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-@pytest.mark.parametrize("library", [_adam_c._library, _lerp_c._library, _pace_c._library], ids=lambda f: f.__module__)
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda f: f.__module__)
 def test_sources_compile(library):
     assert library() is not None

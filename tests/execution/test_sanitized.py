@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(runtime() is None, reason="no C compiler with sa
 def test_no_input_makes_c_overstep_or_do_what_is_undefined() -> None:
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.split()) == 5
+    assert len(done.stdout.split()) == 6
 
 
 def test_the_sanitizer_notices_what_oversteps() -> None:

@@ -69,6 +69,11 @@ from lagless.execution._lerp_c import (
 from lagless.execution._lerp_compiled import KERNEL_SMALLEST as KERNEL_SMALLEST, lerp_compiled as lerp_compiled
 from lagless.execution._low_bits import LOW_DTYPE as LOW_DTYPE, SMALL_GAIN as SMALL_GAIN
 from lagless.execution._pace_c import PaceRow as PaceRow, fits_pace_c as fits_pace_c, pace_step_c as pace_step_c
+from lagless.execution._primal_c import (
+    PrimalRow as PrimalRow,
+    fits_primal_c as fits_primal_c,
+    primal_step_c as primal_step_c,
+)
 from lagless.execution._process_sums import (
     over_shards as over_shards,
     sum_in_place as sum_in_place,

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 _log = logging.getLogger("lagless")
@@ -149,3 +150,26 @@ class TensorTable:
         self._addresses = np.array([[tensor.data_ptr() for tensor in row] for row in rows], dtype=np.uintp)
         self.sizes, self.addresses = self._sizes.ctypes.data, self._addresses.ctypes.data
         self.threads = threads_for(int(self._sizes.sum()))
+
+
+def row_functions(source: str, name: str) -> dict[torch.dtype, Callable[..., None]] | None:
+    """The functions that ``RUN_ROWS`` of ``parallel.h`` makes in a C file, by type; None without a compiler."""
+    return functions(source, name, NO_FMA, [ctypes.c_size_t, *[ctypes.c_void_p] * 3, ctypes.c_size_t])
+
+
+def run_rows(
+    library: dict[torch.dtype, Callable[..., None]], rows: Sequence[Sequence[Tensor]], width: int, constants: Any
+) -> None:
+    """Call the function of :func:`row_functions` that fits the tensors.
+
+    Args:
+        library: the functions.
+        rows: tensors of each parameter, the first of which autograd follows.
+        width: tensors per row that the function reads.
+        constants: numbers, as the function takes them.
+    """
+    dtype = rows[0][0].dtype
+    given, numbers = TensorTable(rows, width), np.array(constants, dtype=REALS[dtype])
+    library[dtype](len(rows), given.sizes, given.addresses, numbers.ctypes.data, given.threads)
+    for row in rows:
+        increment_version(row[0])  # autograd notices changed weights only through the tensors it knows

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from lagless.execution._c import NO_FMA, REALS, TensorTable, functions, in_memory
+from lagless.execution._c import in_memory, row_functions, run_rows
 from lagless.updates import PaceConstants
 
 
@@ -41,15 +38,12 @@ def pace_step_c(rows: Sequence[PaceRow], k: PaceConstants) -> None:
         rows: one per parameter, as :func:`fits_pace_c` wants them; all but gradients are modified in place.
         k: numbers; the order of the fields is that of ``pace.c``.
     """
-    library, dtype = _library(), rows[0].weights.dtype
+    library = _library()
     assert library is not None
-    given, constants = TensorTable(rows, len(PaceRow._fields)), np.array(k, dtype=REALS[dtype])
-    library[dtype](len(rows), given.sizes, given.addresses, constants.ctypes.data, given.threads)
-    for row in rows:
-        increment_version(row.weights)  # autograd notices changed weights only through the tensors it knows
+    run_rows(library, rows, len(PaceRow._fields), k)
 
 
 @functools.cache
 def _library() -> dict[torch.dtype, Callable[..., None]] | None:
     """By type; None where there is no working compiler."""
-    return functions("pace.c", "pace", NO_FMA, [ctypes.c_size_t, *[ctypes.c_void_p] * 3, ctypes.c_size_t])
+    return row_functions("pace.c", "pace")

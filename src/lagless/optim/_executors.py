@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from lagless.execution import (
     foreach_reciprocal_,
     foreach_sqrt,
     foreach_sub,
+    local,
     update_rows,
 )
 from lagless.optim._average_step import AverageStep
@@ -114,6 +116,15 @@ def move_average(buffers: Columns, update: UpdateCoefficients, weights: list[Ten
     """``b ← M b + v θ`` in place."""
     for row in update_rows(update):
         apply_row(buffers, row, weights, noise)
+
+
+def local_gradient(parameter: Tensor) -> Tensor:
+    """Return the gradient of this rank's part of a parameter."""
+    gradient: Any = parameter.grad
+    if hasattr(gradient, "redistribute"):
+        sharded: Any = parameter
+        gradient = gradient.redistribute(sharded.device_mesh, sharded.placements)
+    return local(gradient)
 
 
 def widened(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

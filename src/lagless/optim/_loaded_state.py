@@ -138,8 +138,7 @@ def settings_of(index: int, given: Mapping[str, Any], own: Mapping[str, Any], ne
         )
     names, ours = given.get("param_names"), own.get("param_names")
     if "param_names" in given:
-        named = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        if not named or len(names) != len(given["params"]):
+        if not isinstance(names, list) or [type(name) for name in names] != [str] * len(given["params"]):
             _refuse(f"'param_names' of group {index}", shown(names), f"a list of {len(given['params'])} names")
         if ours is not None and names != ours and sorted(names) == sorted(ours):
             _refuse(f"'param_names' of group {index}", shown(names), f"in the order of this optimizer's, {shown(ours)}")

@@ -27,7 +27,7 @@ from lagless.execution import (
 )
 from lagless.optim._average_step import average_step, average_step_on_device, check_capturable
 from lagless.optim._averaged import AveragedOptimizer, average_keys, new_buffers
-from lagless.optim._executors import step_in_blocks, step_in_one_kernel, step_on_device
+from lagless.optim._executors import local_gradient, step_in_blocks, step_in_one_kernel, step_on_device
 from lagless.optim._pull_statistics import PullStatistics
 from lagless.optim._settings import check_average, check_dtype, require_learning_rate
 from lagless.rules import EMA, Rule
@@ -224,7 +224,7 @@ class PACE(AveragedOptimizer):
         names = ("exp_avg", "exp_avg_sq", *average_keys(group["average"]))
         for parameter in parameters:
             state = self.state[parameter]
-            yield local(parameter), _local_gradient(parameter), *[local(state[name]) for name in names]
+            yield local(parameter), local_gradient(parameter), *[local(state[name]) for name in names]
 
     def _step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         kinds: defaultdict[tuple[Any, ...], list[Row]] = defaultdict(list)
@@ -293,11 +293,3 @@ def _constants(group: dict[str, Any], step: Any, lr: Any, decay: Any, weight: An
         maximize=group["maximize"],
         average=weight,
     )
-
-
-def _local_gradient(parameter: Tensor) -> Tensor:
-    gradient: Any = parameter.grad
-    if hasattr(gradient, "redistribute"):
-        sharded: Any = parameter
-        gradient = gradient.redistribute(sharded.device_mesh, sharded.placements)
-    return local(gradient)

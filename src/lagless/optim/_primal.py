@@ -27,7 +27,8 @@ from lagless.optim._average_step import AverageStep, average_step
 from lagless.optim._averaged import LIVE, average_keys, new_buffers
 from lagless.optim._executors import move_average, towards, widened
 from lagless.optim._loaded_state import Entry, wide_dtype
-from lagless.optim._primal_moves import Widened, mix
+from lagless.optim._primal_moves import Widened, mix, without_gradients
+from lagless.optim._primal_one_pass import step_in_one_pass, takes_one_pass
 from lagless.optim._settings import check_average
 from lagless.optim._wrapping import WrappingOptimizer, check_base
 from lagless.rules import EMA, ReadCoefficients, Rule, Tick
@@ -78,6 +79,11 @@ class PrimalAveraging(WrappingOptimizer):
         pull: p in [0, 1], how far z moves to x at the update steps of the average.
         weight_decay_at_y: λ ≥ 0, decoupled weight decay taken at y: z ← z - η λ y, beside the optimizer's own, which is
             taken at z.
+        compile: around AdamW of torch, read and write everything once where x is recovered from y and z, from the
+            second step on: on CPUs by one call into C, compiled in a fraction of a second; elsewhere each large tensor
+            by a kernel of ``torch.compile``. Everything else, and an AdamW with hooks on its own ``step`` (such as that
+            of a scheduler that was given it instead of this optimizer), goes by single operations. Values differ from
+            those of single operations by rounding.
 
     Raises:
         ValueError: if an argument is out of range, or the optimizer has stepped or belongs to another wrapper.
@@ -111,6 +117,7 @@ class PrimalAveraging(WrappingOptimizer):
         interpolation: Interpolation = 0.9,
         pull: float = 0.0,
         weight_decay_at_y: float = 0.0,
+        compile: bool = False,
     ) -> None:
         check_base(optimizer, type(self).__name__)
         if optimizer.state:
@@ -124,6 +131,7 @@ class PrimalAveraging(WrappingOptimizer):
             "interpolation": _number(self._schedule(1)) if self._schedule else interpolation,
             "pull": pull,
             "weight_decay_at_y": weight_decay_at_y,
+            "compile": compile,
             "evaluating": False,
         }
         super().__init__(optimizer, settings)
@@ -157,6 +165,24 @@ class PrimalAveraging(WrappingOptimizer):
         due = [(group, [p for p in group["params"] if p.grad is not None]) for group in self._groups]
         if any(p.is_complex() for _, parameters in due for p in parameters):
             raise RuntimeError("PrimalAveraging needs real parameters; optimize torch.view_as_real of complex ones.")
+        others = [(group, self._step_whole(group, parameters)) for group, parameters in due]
+        if any(parameters for _, parameters in others) or not any(parameters for _, parameters in due):
+            waiting = {p for _, parameters in others for p in parameters}
+            with without_gradients(p for _, parameters in due for p in parameters if p not in waiting):
+                self._step_by_parts(others)
+
+    def _step_whole(self, group: dict[str, Any], parameters: list[Tensor]) -> list[Tensor]:
+        """Step the parameters for which one pass over memory is possible; return the others."""
+        if not group["compile"] or not takes_one_pass(self.optimizer, group):
+            return parameters
+
+        def interpolate(step: int) -> float:
+            return self._interpolation_after(step, group)
+
+        return step_in_one_pass(group, parameters, lambda p: self.state.get(p, {}), interpolate, _RECOVERABLE)
+
+    def _step_by_parts(self, due: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+        """Put z into the parameters, let the optimizer step it, and put y there again."""
         # Optimizers make their state when a parameter has none, so what is new goes there after their step only.
         entries = {p: self._entries(p, group) for group, parameters in due for p in parameters}
         for group, parameters in due:
@@ -177,6 +203,7 @@ class PrimalAveraging(WrappingOptimizer):
         check = Settings(self, group)
         check.numbers("interpolation", "pull", minimum=0.0, maximum=1.0)
         check.numbers("weight_decay_at_y", minimum=0.0)
+        check.flags("compile")
         check_average(group["average"])
 
     def _entries(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -267,15 +294,19 @@ class PrimalAveraging(WrappingOptimizer):
 
     def _interpolate(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Set m of the next step, and store apart what can no longer be recovered with it."""
-        if self._schedule is not None:
-            group["interpolation"] = _number(self._schedule(state[self.step_key] + 1))
-            self._check(group)
-        m = state["interpolation"] = float(group["interpolation"])
+        m = state["interpolation"] = self._interpolation_after(state[self.step_key], group)
         if "z" not in state and m > 0.0:
             state["z"] = parameter.detach().clone(memory_format=torch.preserve_format)
         elif m < _RECOVERABLE and not self._average_entries(group["average"], state):
             (name,) = average_keys(group["average"])
             state[name], state["z"] = state["z"], parameter.detach().clone(memory_format=torch.preserve_format)
+
+    def _interpolation_after(self, step: int, group: dict[str, Any]) -> float:
+        """Return m of the step after ``step``, and set it in the group where a schedule gives it."""
+        if self._schedule is not None:
+            group["interpolation"] = _number(self._schedule(step + 1))
+            self._check(group)
+        return float(group["interpolation"])
 
     def _values(self) -> Iterator[tuple[Tensor, Tensor]]:
         for parameter, rule, read in self._reads():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -24,6 +25,19 @@ class Widened:
         for parameter, data, grad in self._own:
             parameter.grad = None
             parameter.data, parameter.grad = data, grad
+
+
+@contextmanager
+def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Hide the gradients of parameters inside the ``with`` block, so that an optimizer does not step them."""
+    hidden = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in hidden:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, grad in hidden:
+            parameter.grad = grad
 
 
 def mix(

@@ -24,6 +24,7 @@ from lagless.updates._pace import (
     pace_constants as pace_constants,
     pulled_adamw as pulled_adamw,
 )
+from lagless.updates._primal import PrimalConstants as PrimalConstants, primal_adamw as primal_adamw
 from lagless.updates._shampoo import (
     Eigenbasis as Eigenbasis,
     eigenbasis as eigenbasis,

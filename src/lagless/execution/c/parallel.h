@@ -43,3 +43,20 @@ static void run_shares(void *(*work)(void *), Share all, size_t threads)
     for (size_t i = 0; i < threads; i++)
         if (running[i]) pthread_join(started[i], NULL);
 }
+
+/* A function NAME that gives NAME##_at(n, rows, from, constants) elements from .. from + n of every tensor. */
+#define RUN_ROWS(NAME, REAL, WIDTH)                                                                             \
+    static void *NAME##_share(void *given)                                                                      \
+    {                                                                                                           \
+        const Share *share = given;                                                                             \
+        int64_t start = 0, from, to; /* start: of the tensor */                                                 \
+        for (size_t t = 0; t < share->tensors && start < share->end; start += share->sizes[t++])                \
+            if (in_share(share, start, share->sizes[t], &from, &to) > 0)                                        \
+                NAME##_at(to - from, (REAL *const *)share->addresses + WIDTH * t, from, share->constants);      \
+        return NULL;                                                                                            \
+    }                                                                                                           \
+    void NAME(size_t tensors, const int64_t *sizes, char *const *addresses, const NAME##_constants *constants,  \
+        size_t threads)                                                                                         \
+    {                                                                                                           \
+        run_shares(NAME##_share, (Share){tensors, WIDTH, sizes, addresses, constants, 0, 0}, threads);          \
+    }
