@@ -58,6 +58,9 @@ def average(
     recursive: Annotated[
         bool, typer.Option(help="Form averages checkpoint after checkpoint: those of lagless watch, bit for bit.")
     ] = False,
+    merged_lora: Annotated[
+        bool, typer.Option("--merged-lora", help="Of LoRA adapters, average the products BA, not A and B apart.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT.")] = False,
     allow_nonfinite: Annotated[bool, typer.Option(help="Average NaN and infinity instead of refusing.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Check everything and say what would be done; write nothing.")] = False,
@@ -92,13 +95,14 @@ def average(
             memory=parse_size(memory),
             accumulate=accumulate,
             recursive=recursive,
+            merged_lora=merged_lora,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
             progress=progress,
             dry_run=dry_run,
             group=group,
         )
-    print_start(trajectory)
+    print_start(trajectory, merged_lora)
     print_averages(summaries, list(rules) or ["weights"])
     print_schedules(summaries, list(rules) or ["weights"])
     if dtype == "auto":

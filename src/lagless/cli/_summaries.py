@@ -37,12 +37,12 @@ def print_run(summary: RunSummary) -> None:
         out.print(f"left out, as no weights: {len(summary.left_out)} tensors ({named})", highlight=False, markup=False)
 
 
-def print_start(trajectory: Trajectory) -> None:
+def print_start(trajectory: Trajectory, merged_lora: bool = False) -> None:
     """Say which checkpoint is θ_0, and why."""
     how = "as asked" if trajectory.start_given else "the earliest checkpoint; --start sets another"
     name = trajectory.checkpoints[0].path.name
     out.print(f"θ_0 is {name}, step {trajectory.steps[0]} ({how})", highlight=False, markup=False)
-    for note in filter(None, (factors_note(trajectory), decay_note(trajectory))):
+    for note in filter(None, (None if merged_lora else factors_note(trajectory), decay_note(trajectory))):
         out.print(f"note: {note}", highlight=False, markup=False)
 
 

@@ -30,6 +30,7 @@ from lagless.checkpoints import (
     sidecar_files,
 )
 from lagless.execution import Ranks
+from lagless.posthoc._merged_factors import product_pairs, without, write_products
 from lagless.posthoc._recursion import stream_recursion
 from lagless.posthoc._weighted_sums import Accumulate, Progress, stream_product
 from lagless.rules import (
@@ -132,6 +133,7 @@ def average_checkpoints(
     memory: int = 2**30,
     accumulate: Accumulate = "float32",
     recursive: bool = False,
+    merged_lora: bool = False,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
@@ -161,6 +163,8 @@ def average_checkpoints(
         accumulate: type to sum in.
         recursive: form averages by the recursion of their rules, checkpoint after checkpoint, in float32 or wider. They
             are those of ``lagless watch``, bit for bit, and those of the weighted sum up to rounding.
+        merged_lora: of LoRA adapters, average the products BA and write their nearest factors of the adapter's rank,
+            in place of averages of A and of B; ``lagless.json`` says what that rank leaves out.
         overwrite: replace ``out`` if all that it holds was written by lagless.
         allow_nonfinite: average NaN and infinity as they are, instead of refusing them.
         progress: called with the bytes read so far and in all.
@@ -181,7 +185,12 @@ def average_checkpoints(
     named = _named(default_rule(update_freq=common_update_freq(trajectory.steps)) if rules is None else rules)
     if recursive and not all(isinstance(rule, Rule) for rule in named.values()):
         raise ValueError("recursive=True forms averages of rules; weights that are given have no recursion.")
+    if recursive and merged_lora:
+        raise ValueError(
+            "merged_lora=True averages products of factors, for which there is no recursion; leave one out."
+        )
     last = trajectory.checkpoints[-1]
+    pairs = product_pairs(last) if merged_lora else {}
     layout = plan_layout(last.written, dtype, max_shard_size, last.is_adapter, last.stem)
     summaries = [
         replace(_summarize(name, rule, trajectory), path=out / name, nbytes=layout.nbytes)
@@ -203,10 +212,21 @@ def average_checkpoints(
             prints = stream_recursion(trajectory.checkpoints, trajectory.steps, given, writer, names=share, **common)
         else:
             prints = stream_product(
-                trajectory.checkpoints, weights, writer, accumulate=accumulate, memory=memory, names=share, **common
+                trajectory.checkpoints,
+                weights,
+                without([*pairs, *pairs.values()], writer),
+                accumulate=accumulate,
+                memory=memory,
+                names=share,
+                **common,
             )
+        lost = (
+            write_products(trajectory.checkpoints, weights, pairs, writer) if pairs and set(pairs) <= set(share) else []
+        )
         how = "recursion" if recursive else accumulate
         records = [{**_record(summary, trajectory, prints, how, dtype), **(remarks or {})} for summary in summaries]
+        for record, part in zip(records, lost, strict=bool(lost)):
+            record["merged_lora"] = {"layers": len(pairs), "largest_part_left_out": part}
         writer.write_texts(RECORD, [json.dumps(record, indent=2, ensure_ascii=False) + "\n" for record in records])
         folder = source if source.is_dir() else source.parent
         writer.write_texts(CARD, [model_card(record, folder) for record in records])

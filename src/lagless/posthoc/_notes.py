@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
 from lagless.checkpoints import Trajectory, logged_rates
 from lagless.posthoc._average import AverageSummary
+from lagless.posthoc._merged_factors import factor_pairs
 from lagless.rules import WindowAverage, common_update_freq, rate_note, spread_note, start_note
-
-_FIRST_FACTOR = re.compile(r"\.(lora|lora_embedding)_A(\.|$)")
 
 
 def notes_on(s: AverageSummary) -> Iterator[str]:
@@ -46,19 +44,14 @@ def decay_note(trajectory: Trajectory) -> str | None:
 
 def factors_note(trajectory: Trajectory) -> str | None:
     """Return what the factors of LoRA adapters lose when each is averaged by itself; None without any."""
-    tensors = trajectory.checkpoints[-1].tensors
-    layers = sum(_FIRST_FACTOR.search(name) is not None and _second_factor(name) in tensors for name in tensors)
+    layers = len(factor_pairs(dict(trajectory.checkpoints[-1].tensors)))
     if not layers:
         return None
     return (
         f"A and B of {layers} LoRA layers are averaged apart: their product is not the average of the products BA, as "
-        "it mixes factors of different steps. To average BA itself, train with AveragingCallback(merged_lora=True), or "
-        "merge the adapter into the base at each checkpoint (merge_and_unload) and average those models"
+        "it mixes factors of different steps. lagless average --merged-lora averages BA itself, as does "
+        "AveragingCallback(merged_lora=True) while training"
     )
-
-
-def _second_factor(name: str) -> str:
-    return _FIRST_FACTOR.sub(r".\1_B\2", name)
 
 
 def short_steps(steps: Sequence[int]) -> str:
