@@ -8,39 +8,26 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import resource
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import torch
 from tests.model_files import save_sharded
 
-_CHILD = """
-import json, resource, sys
-from pathlib import Path
-megabytes = int(sys.argv[3])
-import torch
 from lagless import BEMA, EMA, PowerEMA, UniformAverage
 from lagless.watch import Settings, Watch
-torch.set_num_threads(1)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-resource.setrlimit(resource.RLIMIT_DATA, (megabytes << 20, megabytes << 20))
-rules = {"ema": EMA(), "bema": BEMA(), "uniform": UniformAverage(), "power": PowerEMA()}
-with Watch(Path(sys.argv[1]), Path(sys.argv[2]), rules, Settings(settle=0.0, keep_states=1)) as watch:
-    while watch.step():
-        pass
-    steps = watch.averages.record.steps
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"steps": steps, "before": before // 1024, "peak": after // 1024}))
-"""
+
+RULES = {"ema": EMA(), "bema": BEMA(), "uniform": UniformAverage(), "power": PowerEMA()}
 
 
-def measure(megabytes: int, limit: int, place: Path, checkpoints: int = 2) -> dict[str, int]:
-    """Watch checkpoints of so many megabytes with ``limit`` megabytes of memory.
+def measure(megabytes: int, limit: int | None, place: Path, checkpoints: int = 2) -> tuple[int, int]:
+    """Watch checkpoints of so many megabytes, with ``limit`` megabytes of private memory, in a process of its own.
 
     Returns:
-        The largest resident memory in megabytes, before the watch and in all.
+        The largest resident memory in megabytes, when the watch began and in all.
     """
     count = megabytes * 2**20 // 4 // 8
     for step in range(1, checkpoints + 1):
@@ -48,19 +35,37 @@ def measure(megabytes: int, limit: int, place: Path, checkpoints: int = 2) -> di
         state = {f"layers.{i}.weight": torch.randn(count, generator=generator) for i in range(8)}
         save_sharded(state, place / f"run/checkpoint-{step}", 4)
         del state
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", _CHILD, str(place / "run"), str(place / "out"), str(limit)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    found = json.loads(ended.stdout.splitlines()[-1])
-    assert found["steps"] == list(range(1, checkpoints + 1)), found
-    return found
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            _watch(place, limit, list(range(1, checkpoints + 1)))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert status == 0
+    return tuple(json.loads((place / "found.json").read_text()))
+
+
+def _watch(place: Path, limit: int | None, steps: list[int]) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit << 20, limit << 20))
+    with Watch(place / "run", place / "out", RULES, Settings(settle=0.0, keep_states=1)) as watch:
+        while watch.step():
+            pass
+        assert watch.averages.record.steps == steps, list(watch.metrics.rows())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (place / "found.json").write_text(json.dumps([before // 1024, peak // 1024]))
 
 
 if __name__ == "__main__":
-    size, most = (int(word) for word in (*sys.argv[1:], "2000", "600")[:2])
+    torch.set_num_threads(1)
+    given = [int(word) for word in sys.argv[1:]]
+    size, most = given[0] if given else 2000, given[1] if given[1:] else 600
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as folder:
-        found = measure(size, most, Path(folder))
-    print(
-        f"checkpoints of {size} MB under a limit of {most} MB: {found['before']} MB before, {found['peak']} MB at most"
-    )
+        began, at_most = measure(size, most, Path(folder))
+    print(f"checkpoints of {size} MB under a limit of {most} MB: {began} MB when it began, {at_most} MB at most")

@@ -26,8 +26,8 @@ def test_killed_at_random_moments_it_goes_on_bit_for_bit(tmp_path: Path) -> None
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    found = measure(48, 600, tmp_path)  # 48 MB per checkpoint, and 6 buffers of as much
-    assert found["peak"] - found["before"] < 80, found
+    began, most = measure(48, None, tmp_path)  # 48 MB per checkpoint, and 6 buffers of as much
+    assert most - began < 60, (began, most)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
