@@ -35,6 +35,8 @@ def check_equal(watch: Watch, run: Path, out: Path, **options: Any) -> None:
             for record in records:
                 record.pop("files")
             assert records[0] == records[1]
+            cards = [(out / kind / name / "README.md").read_text() for kind in ("watched", "posthoc")]
+            assert cards[0] == cards[1]
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

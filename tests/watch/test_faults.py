@@ -108,7 +108,7 @@ def test_a_run_folder_that_cannot_be_read_is_told_and_comes_back(
 ) -> None:
     watch, rows = watching()
     assert not watch.step()
-    assert "no such folder" in rows[0]["text"]
+    assert "run is not there yet, or not any more: waiting for it" in rows[0]["text"]
     save(tmp_path / "run", 10)
     with monkeypatch.context() as patch:
 
@@ -117,7 +117,7 @@ def test_a_run_folder_that_cannot_be_read_is_told_and_comes_back(
 
         patch.setattr(Path, "iterdir", refuse)
         assert not watch.step() and not watch.step()
-    assert [row["event"] for row in rows] == ["unreadable", "unreadable"] and "Permission denied" in rows[1]["text"]
+    assert [row["event"] for row in rows] == ["waiting", "unreadable"] and "Permission denied" in rows[1]["text"]
     settle(watch)
     assert taken(watch) == [10]
 

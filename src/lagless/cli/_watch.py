@@ -130,7 +130,11 @@ def watch_command(
         else:
             watch.sinks.append(_print)
             each = _nothing
-        code = follow(watch, waiter, poll=poll, until=ends, once=once, each=each)
+        try:
+            code = follow(watch, waiter, poll=poll, until=ends, once=once, each=each)
+        except KeyboardInterrupt:
+            watch.tell("stopped", "stopped; the same command goes on from here")
+            code = 130
     raise typer.Exit(code)
 
 

@@ -18,6 +18,8 @@ from lagless.watch._models import Models
 from lagless.watch._plans import Evaluate, EvaluationError
 from lagless.watch._snapshot import LIVE, Snapshot
 
+_GRACE = 10.0  # seconds
+
 
 class Told(Protocol):
     """Writes a row of the metrics."""
@@ -75,7 +77,7 @@ class Evaluations:
             self._changed.wait_for(lambda: self._waiting is None and not self._busy)
 
     def close(self) -> None:
-        """Give up what waits, end what goes on as soon as it can be, and stop."""
+        """Give up what waits, and stop; what goes on in memory has a few seconds to end, a command is ended."""
         with self._changed:
             self._closed = True
             waiting, self._waiting = self._waiting, None
@@ -83,7 +85,7 @@ class Evaluations:
         if waiting is not None:
             waiting[1].close()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_GRACE)
 
     def _run(self) -> None:
         while True:

@@ -79,13 +79,18 @@ def follow(
         looks += 1
         steps = watch.averages.record.steps
         if until.step is not None and steps and steps[-1] >= until.step:
+            why = f"step {until.step} is reached"
             break
         if until.idle is not None and clock() - quiet_since >= until.idle:
+            why = f"no new checkpoint for {until.idle / 60:g} minutes"
             break
         if once and looks > 1 and all(waiting.torn for waiting in watch.pending):
+            why = "all that is there was taken up"
             break
         wait(min(poll, watch.settings.settle) if watch.pending else poll)
     watch.finish()
+    best = f"the best model is {watch.models.best}" if watch.models.kept else "there is no averaged model yet"
+    watch.tell("ended", f"ended: {why}; {best}")
     each()
     return exit_code(watch)
 

@@ -15,11 +15,13 @@ from typing import Any
 
 from lagless._version import __version__
 from lagless.checkpoints import (
+    CARD,
     RECORD,
     Checkpoint,
     ModelWriter,
     Permissions,
     atomic_file,
+    model_card,
     permissions_of,
     plan_layout,
     sidecar_files,
@@ -90,8 +92,10 @@ class Models:
         with ModelWriter(out, [""], layout, companions, self._dtype, **options) as writer:
             for tensor, start, block in snapshot.blocks(name):
                 writer(tensor, start, block.unsqueeze(0))
-            text = json.dumps(provenance(snapshot, name, self._dtype), indent=2, ensure_ascii=False)
-            writer.write_texts(RECORD, [text + "\n"])
+            told = provenance(snapshot, name, self._dtype)
+            writer.write_texts(RECORD, [json.dumps(told, indent=2, ensure_ascii=False) + "\n"])
+            if name != LIVE:
+                writer.write_texts(CARD, [model_card(told, companions)])
 
     @contextmanager
     def candidate(self, snapshot: Snapshot, name: str) -> Iterator[Path]:
@@ -183,6 +187,8 @@ def keep_companions(checkpoint: Checkpoint, out: Path) -> None:
     target, source = out / "state" / "companions", checkpoint.companions
     folder = source if source.is_dir() else source.parent
     wanted = {file.relative_to(folder): file for file in sidecar_files(source)}
+    if (folder / CARD).is_file():  # lends its metadata to the averages' own cards
+        wanted[Path(CARD)] = folder / CARD
     for name, file in wanted.items():
         copy = target / name
         if not copy.is_file() or copy.read_bytes() != file.read_bytes():

@@ -130,6 +130,10 @@ class Watch:
         Returns:
             Whether something was done; False if there is nothing to do for now.
         """
+        if not self.run.exists():
+            self.tell("waiting", f"{self.run} is not there yet, or not any more: waiting for it", once=True)
+            self.pending = []
+            return False
         try:
             seen = look(self.run)
         except (CheckpointError, OSError) as error:
