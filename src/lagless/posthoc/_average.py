@@ -186,9 +186,7 @@ def average_checkpoints(
     if recursive and not all(isinstance(rule, Rule) for rule in named.values()):
         raise ValueError("recursive=True forms averages of rules; weights that are given have no recursion.")
     if recursive and merged_lora:
-        raise ValueError(
-            "merged_lora=True averages products of factors, for which there is no recursion; leave one out."
-        )
+        raise ValueError("merged_lora=True averages products, which have no recursion; leave one of the two out.")
     last = trajectory.checkpoints[-1]
     pairs = product_pairs(last) if merged_lora else {}
     layout = plan_layout(last.written, dtype, max_shard_size, last.is_adapter, last.stem)

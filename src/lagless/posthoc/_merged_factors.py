@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -131,7 +131,8 @@ def nearest_factors(
     return first, second, (float(values[rank:].square().sum()) / total) ** 0.5 if total else 0.0
 
 
-_qr: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.linalg.qr  # pyright: ignore[reportUnknownMemberType]
+def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.linalg.qr(matrix)  # pyright: ignore
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
