@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lagless import BEMA, EMA
+from lagless import BEMA, EMA, mean_age, trajectory_weights
 from lagless.averaging import _buffers, _offload
 from lagless.checkpoints import CheckpointError
 from lagless.integrations.lightning import AveragingCallback, load_average
@@ -191,11 +191,19 @@ def test_every_validation_reports_live_and_averaged_models(tmp_path):
     callback, snapshots = AveragingCallback(RULES), Snapshots()
     run, module = fit(tmp_path, callback, snapshots)
     names = {"val_accuracy", "val_loss", "val_worst", "val_loss_epoch"}
-    expected = names | {f"{average}_{name}" for average in RULES for name in names}
+    facts = {"distance", "mean_age", "effective_iterates", "updates"}
+    expected = names | {f"{average}_{name}" for average in RULES for name in names | facts}
     assert len(snapshots.metrics) == 2 and all(metrics.keys() == expected for metrics in snapshots.metrics)
     for average in RULES:
         with callback.averager.applied(average):
             (alone,) = trainer(tmp_path, logger=False).validate(module, loader(), verbose=False)
+        weights = trajectory_weights(RULES[average], range(callback.averager.step + 1))
+        age = mean_age(weights, range(len(weights)))
+        assert float(run.callback_metrics[f"{average}_mean_age"]) == pytest.approx(age)
+        assert float(run.callback_metrics[f"{average}_updates"]) == callback.averager.updates(average)
+        pairs = zip(callback.averager.read(average).values(), module.parameters(), strict=True)
+        distance = sum(float((value - p.detach()).square().sum()) for value, p in pairs) ** 0.5
+        assert float(run.callback_metrics[f"{average}_distance"]) == pytest.approx(distance, rel=1e-5)
         for name in ("val_accuracy", "val_loss_epoch", "val_worst"):
             assert float(run.callback_metrics[f"{average}_{name}"]) == alone[name], name
     assert run.progress_bar_metrics["bema_val_loss_epoch"] == float(run.callback_metrics["bema_val_loss"])
@@ -808,7 +816,7 @@ def test_a_rule_with_the_name_of_the_optimizers_average_is_refused(tmp_path):
         fit(tmp_path, AveragingCallback({"pace": EMA()}), module=Pulled())
 
 
-class Scheduled(pl.LightningModule):
+class Decayed(pl.LightningModule):
     """Four weights, for a learning rate that a function or a scheduler without one decides."""
 
     def __init__(self, make):
@@ -846,7 +854,7 @@ def test_averages_and_rates_are_warned_of_once(tmp_path, make, rules, said):
     data = DataLoader(TensorDataset(torch.ones(16, 4)), batch_size=1)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", AverageWarning)
-        trainer.fit(Scheduled(make), data)
+        trainer.fit(Decayed(make), data)
     messages = [str(w.message) for w in found if w.category is AverageWarning]
     assert len(messages) == (said is not None)
     assert said is None or re.search(said, messages[0])

@@ -78,12 +78,19 @@ def make_rows(first, count):
     return [{"input_ids": ids, "labels": ids.clone()} for ids in encoded]
 
 
+def named_as_here(settings):
+    """Settings under the names that this release of transformers has for them."""
+    former = {"activation_checkpointing": "gradient_checkpointing"}
+    known = TrainingArguments.__dataclass_fields__
+    return {key if key in known else former.get(key, key): value for key, value in settings.items()}
+
+
 def make_trainer(folder, callbacks=(), *, model=None, kind=Trainer, optimizers=(None, None), data=None, **settings):
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     data = {"train_dataset": make_rows(0, 20), "eval_dataset": make_rows(24, 6)} if data is None else data
     return kind(
         make_model() if model is None else model,
-        TrainingArguments(str(folder), **QUIET | settings),
+        TrainingArguments(str(folder), **named_as_here(QUIET | settings)),
         processing_class=TOKENIZER,
         callbacks=list(callbacks),
         optimizers=optimizers,

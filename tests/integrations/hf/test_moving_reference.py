@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.integrations.hf.test_trl import TRAINERS, make, variety
+from tests.integrations.hf.test_trl import TRAINERS, known, make, variety
 
 from lagless import BEMA, EMA
 from lagless.integrations.transformers import AveragingCallback, MovingReferenceCallback
@@ -29,7 +29,7 @@ def lora(kind: str, hf: Any, folder: Path, callbacks: list[Any], dropout: float 
     options = {"reward_funcs": variety} if kind == "grpo" else {}
     return trainer(
         model=str(folder / "base"),
-        args=config(str(folder), **hf.quiet | off | own | settings),
+        args=config(str(folder), **known(config, hf.quiet | off | own | settings)),
         train_dataset=data(hf, 0, 16),
         processing_class=hf.tokenizer,
         callbacks=callbacks,

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, Trainer, TrainerCallback
 
-from lagless import BEMA, EMA
+from lagless import BEMA, EMA, count_updates, effective_iterates, mean_age, trajectory_weights
 from lagless.integrations.transformers import AveragingCallback
+from lagless.integrations.transformers._compat import best_step
 from lagless.integrations.transformers._evaluation import average_of
 
 RULES = {"bema": BEMA.paper(update_freq=2), "ema": EMA(decay=0.8)}
@@ -25,15 +26,9 @@ def with_metrics(hf):
     return {"train_dataset": hf.rows(0, 20), "eval_dataset": hf.rows(24, 6), "compute_metrics": token_accuracy}
 
 
-def loss_on(model, rows):
-    """The mean loss over batches of four, as the Trainer weights it."""
-    model.eval()
-    losses = []
-    with torch.no_grad():
-        for first in range(0, len(rows), 4):
-            batch = torch.stack([row["input_ids"] for row in rows[first : first + 4]])
-            losses += [float(model(input_ids=batch, labels=batch).loss)] * len(batch)
-    return np.mean(losses)
+def loss_on(hf, folder, model, rows):
+    """The loss as a Trainer without the callback evaluates it; releases differ in what they divide by."""
+    return hf.trainer(folder / "alone", model=model).evaluate(rows)["eval_loss"]
 
 
 def test_one_line_follows_evaluates_and_exports(hf, tmp_path):
@@ -55,9 +50,11 @@ def test_many_rules_are_evaluated_under_their_own_prefix_with_every_metric(hf, t
     rows = hf.rows(24, 6)
     for name in RULES:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "averaged" / name)
-        assert logged[f"eval_{name}_loss"][f"eval_{name}_loss"] == pytest.approx(loss_on(model, rows), rel=1e-5)
+        assert logged[f"eval_{name}_loss"][f"eval_{name}_loss"] == pytest.approx(
+            loss_on(hf, tmp_path, model, rows), rel=1e-5
+        )
         assert 0 <= logged[f"eval_{name}_accuracy"][f"eval_{name}_accuracy"] <= 1
-    assert logged["eval_loss"]["eval_loss"] == pytest.approx(loss_on(trainer.model, rows), rel=1e-5)
+    assert logged["eval_loss"]["eval_loss"] == pytest.approx(loss_on(hf, tmp_path, trainer.model, rows), rel=1e-5)
     assert len({logged[f"eval{name}_loss"][f"eval{name}_loss"] for name in ("", "_bema", "_ema")}) == 3
 
 
@@ -77,7 +74,7 @@ def test_several_evaluation_sets(hf, tmp_path):
     metrics = trainer.evaluate()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "averaged/bema")
     for name, rows in sets.items():
-        assert metrics[f"eval_{name}_bema_loss"] == pytest.approx(loss_on(model, rows), rel=1e-5)
+        assert metrics[f"eval_{name}_bema_loss"] == pytest.approx(loss_on(hf, tmp_path, model, rows), rel=1e-5)
     assert metrics["eval_early_bema_loss"] != metrics["eval_late_bema_loss"]
 
 
@@ -87,7 +84,7 @@ def test_a_set_and_a_prefix_given_to_evaluate_hold_for_averages_too(hf, tmp_path
     rows = hf.rows(10, 4)
     metrics = trainer.evaluate(rows, metric_key_prefix="test")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "averaged/bema")
-    assert metrics["test_bema_loss"] == pytest.approx(loss_on(model, rows), rel=1e-5)
+    assert metrics["test_bema_loss"] == pytest.approx(loss_on(hf, tmp_path, model, rows), rel=1e-5)
 
 
 def test_outputs_to_ignore_are_ignored_for_averages_too(hf, tmp_path):
@@ -215,7 +212,7 @@ def test_save_strategy_best_and_a_plateau_schedule_follow_an_average(hf, tmp_pat
     trainer = hf.trainer(tmp_path, [AveragingCallback(RULES)], **settings)
     trainer.train()
     losses = {e["step"]: e["eval_ema_loss"] for e in trainer.state.log_history if "eval_ema_loss" in e}
-    assert trainer.state.best_global_step == min(losses, key=losses.get)
+    assert best_step(trainer.state) == min(losses, key=losses.get)
     assert trainer.lr_scheduler.best == min(losses.values())
 
 
@@ -472,3 +469,55 @@ def test_what_a_trainer_adds_to_an_averages_log_entry_gets_its_prefix(hf, tmp_pa
     live = [entry for entry in trainer.state.log_history if "eval_mean" in entry]
     assert live and all("eval_loss" in entry and "plain" in entry for entry in live)
     assert metrics["eval_own"] == 1.0
+
+
+def test_what_an_average_is_stands_beside_its_loss(hf, tmp_path):
+    """Distance from the live weights, mean age, effective iterates and updates, in the Trainer's own log."""
+    recorder, callback = hf.recorder(), AveragingCallback(RULES)
+    trainer = hf.trainer(tmp_path, [callback, recorder], **EVALUATING)
+    trainer.train()
+    for name, rule in RULES.items():
+        for entry in (e for e in trainer.state.log_history if f"eval_{name}_loss" in e):
+            step = entry["step"]
+            weights = trajectory_weights(rule, range(step + 1))
+            average = recorder.average(rule, at=step)
+            live = recorder.iterates[step]
+            expected = sum(float((average[key] - live[key].double()).square().sum()) for key in average) ** 0.5
+            assert entry[f"eval_{name}_distance"] == pytest.approx(expected, rel=1e-3)
+            assert entry[f"eval_{name}_mean_age"] == pytest.approx(mean_age(weights, range(step + 1)))
+            assert entry[f"eval_{name}_effective_iterates"] == pytest.approx(effective_iterates(weights))
+            assert entry[f"eval_{name}_updates"] == count_updates(rule, step)
+
+
+class Fork(Trainer):
+    """As ms-swift does it: metrics collected beside the loop, computed and forgotten by ``log``, under one name."""
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        first = next(model.parameters()).detach().flatten()[0]
+        self.custom_metrics = [*getattr(self, "custom_metrics", []), float(first)]
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        if collected := getattr(self, "custom_metrics", []):
+            logs["eval_token_acc"] = sum(collected) / len(collected)
+            self.custom_metrics = []
+        super().log(logs, *args, **kwargs)
+
+
+def test_metrics_that_a_fork_adds_to_the_log_have_the_averages_prefix(hf, tmp_path):
+    seen = []
+
+    class Logger(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            seen.append(dict(logs))
+
+    trainer = hf.trainer(tmp_path, [AveragingCallback(RULES), Logger()], kind=Fork, **EVALUATING)
+    trainer.train()
+    for entries in (seen, trainer.state.log_history):
+        at_end = [entry for entry in entries if any(key.startswith("eval") for key in entry)][-3:]
+        live, *averaged = at_end
+        assert "eval_token_acc" in live
+        for name, entry in zip(RULES, averaged, strict=True):
+            own = [key for key in entry if key not in ("epoch", "step", "num_input_tokens_seen")]
+            assert all(key.startswith(f"eval_{name}_") for key in own) and f"eval_{name}_token_acc" in own
+            assert entry[f"eval_{name}_token_acc"] != live["eval_token_acc"]

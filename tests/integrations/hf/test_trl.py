@@ -46,6 +46,11 @@ TRAINERS = {
 }
 
 
+def known(config, settings):
+    """The settings that this release of TRL has."""
+    return {key: value for key, value in settings.items() if key in config.__dataclass_fields__}
+
+
 def make(hf, folder, kind, callbacks, **settings):
     trainer, config, data, own = TRAINERS[kind]
     hf.model().save_pretrained(folder / "base")  # DPO and GRPO load their reference model from the model's path
@@ -57,7 +62,7 @@ def make(hf, folder, kind, callbacks, **settings):
     options = {"reward_funcs": variety} if kind == "grpo" else {}
     return trainer(
         model=model,
-        args=config(str(folder), **settings),
+        args=config(str(folder), **known(config, settings)),
         train_dataset=data(hf, 0, 16),
         eval_dataset=data(hf, 20, 4),
         processing_class=hf.tokenizer,

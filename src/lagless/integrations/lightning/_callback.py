@@ -11,12 +11,13 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 
 from lagless.averaging import Attachment, Averager, warn_of_rate
+from lagless.integrations._facts import AverageMoments, distance
 from lagless.integrations._learning_rates import present_share, scheduled_share
 from lagless.integrations._noise import LOGGED, NoiseLog
 from lagless.integrations._optimizers import averaged_optimizer, training_weights
 from lagless.integrations.lightning._checkpoint import STATE_KEY
+from lagless.integrations.lightning._compat import Callback, LightningModule, Trainer, rank_zero_warn
 from lagless.integrations.lightning._export import check_export, export, withdraw
-from lagless.integrations.lightning._imports import Callback, LightningModule, Trainer, rank_zero_warn
 from lagless.integrations.lightning._validation import validate_again
 from lagless.optim import AveragedOptimizer
 from lagless.rules import Rule
@@ -30,7 +31,9 @@ class AveragingCallback(Callback):
 
     - Every validation inside ``fit`` is repeated with each selected average in the module, and its metrics are logged
       with the average's name in front: ``val_loss`` gives ``ema_val_loss``. ``ModelCheckpoint``, ``EarlyStopping`` and
-      learning rate schedulers can monitor them. An average without an update yet has no metrics.
+      learning rate schedulers can monitor them. An average without an update yet has no metrics. Logged too are its
+      ``ema_distance`` from the live weights (Euclidean), ``ema_mean_age``, ``ema_effective_iterates`` and
+      ``ema_updates``.
     - Every checkpoint holds the averager's state; ``fit(ckpt_path=...)`` goes on bit for bit. :func:`load_average`
       gives the averaged model in a checkpoint.
     - At the end of training each average is written to ``{name}.ckpt``, for ``load_from_checkpoint``, and to the folder
@@ -96,6 +99,8 @@ class AveragingCallback(Callback):
         self._on_missing_state = on_missing_state
         self._options = options
         self._noise = NoiseLog(gradient_noise)
+        self._moments: dict[str, AverageMoments] = {}
+        self._started = 0
         self._attachment: Attachment | None = None
         self._own: AveragedOptimizer | None = None
         self._loaded: Any = None
@@ -190,8 +195,21 @@ class AveragingCallback(Callback):
                     )
                 rank_zero_warn(f"{about} has had no update yet, so this validation has no {name}_ metrics.")
                 continue
+            facts = self._facts(trainer, holder, name)
             with self._applied(trainer, holder, name):
-                validate_again(trainer, f"{name}_")
+                validate_again(trainer, f"{name}_", facts)
+
+    def _facts(self, trainer: Trainer, holder: Averager | AveragedOptimizer, name: str) -> dict[str, float]:
+        if not isinstance(holder, Averager):
+            return {"updates": float(holder.updates(name))}
+        with training_weights(self._followed(trainer)):
+            found = {"distance": distance(holder, name, trainer.lightning_module)}
+        if name not in self._moments:
+            self._moments[name] = AverageMoments(holder.rules[name], self._started)
+        known = self._moments[name].at(holder.step)
+        mean_age, effective_iterates = known or (float("nan"), float("nan"))
+        found |= {"updates": float(holder.updates(name))}
+        return found | {"mean_age": mean_age, "effective_iterates": effective_iterates}
 
     @contextmanager
     def _applied(self, trainer: Trainer, holder: Averager | AveragedOptimizer, name: str) -> Iterator[None]:
@@ -259,6 +277,7 @@ class AveragingCallback(Callback):
         return Path(run, "averaged") if self._export is True else Path(self._export).expanduser()
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> Averager:
+        self._moments, self._started = {}, 0
         if trainer.strategy.restore_checkpoint_after_setup:
             raise NotImplementedError(
                 f"{type(trainer.strategy).__name__} shards parameters, which AveragingCallback does not support. "
@@ -279,6 +298,7 @@ class AveragingCallback(Callback):
                 "AveragingCallback(..., on_missing_state='restart')."
             )
         step = trainer.global_step if len(trainer.optimizers) == 1 else 0  # it counts the steps of all of them
+        self._started = step
         return Averager(module, self._rules, step=step, total_steps=_known_length(trainer, module), **self._options)
 
     def _followed(self, trainer: Trainer) -> Optimizer:

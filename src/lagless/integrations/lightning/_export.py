@@ -10,7 +10,7 @@ from torch import nn
 from lagless.averaging import HoldsAverages
 from lagless.checkpoints import RECORD, CheckpointError, check_destination
 from lagless.integrations._exports import base_model_name, describe, export_folder, remove_export
-from lagless.integrations.lightning._imports import LightningModule, Trainer
+from lagless.integrations.lightning._compat import LightningModule, Trainer
 
 
 def export(trainer: Trainer, module: LightningModule, holder: HoldsAverages, folder: Path, name: str) -> None:

@@ -10,14 +10,24 @@ callbacks, loggers and random number generators are put back.
 from __future__ import annotations
 
 from collections import ChainMap
+from collections.abc import Mapping
 from typing import Any
 
-from lagless.integrations.lightning._imports import DummyLogger, Trainer, isolate_rng
+import torch
 
-_DATA = ("_data_source", "_combined_loader", "_max_batches", "_last_val_dl_reload_epoch")
+from lagless.integrations.lightning._compat import (
+    DummyLogger,
+    Trainer,
+    isolate_rng,
+    log_now,
+    metric_tables,
+    second_loop,
+    set_validation_loop,
+    validation_loop,
+)
 
 
-def validate_again(trainer: Trainer, prefix: str) -> None:
+def validate_again(trainer: Trainer, prefix: str, facts: Mapping[str, float] | None = None) -> None:
     """Validate the model as it is now; each metric ``m`` of it becomes the trainer's metric ``{prefix}{m}``.
 
     The module's hooks run as in every validation. Callbacks other than the progress bar do not see it, and loggers get
@@ -26,34 +36,33 @@ def validate_again(trainer: Trainer, prefix: str) -> None:
     Args:
         trainer: at the end of a validation inside ``fit``.
         prefix: of the names.
+        facts: numbers about the average to log with its metrics.
     """
-    epoch_loop: Any = trainer.fit_loop.epoch_loop
-    first = epoch_loop.val_loop
-    again = type(first)(trainer, first._trainer_fn, first._stage, verbose=False, inference_mode=first.inference_mode)
-    for name in _DATA:
-        setattr(again, name, getattr(first, name))
-    first._results.reset()  # metric objects in the module still hold the first pass, and it has read them
-
-    tables = [trainer.callback_metrics, trainer.progress_bar_metrics, trainer.logged_metrics]
+    first, again = validation_loop(trainer), second_loop(trainer)
+    tables = metric_tables(trainer)
     before = [dict(table) for table in tables]
     callbacks, loggers = trainer.callbacks, trainer.loggers
     for table in tables:
         table.clear()
-    epoch_loop.val_loop = again
+    set_validation_loop(trainer, again)
     trainer.callbacks = [trainer.progress_bar_callback] if trainer.progress_bar_callback else []
     trainer.loggers = [DummyLogger() for _ in loggers]
+    known = {name: torch.tensor(value) for name, value in (facts or {}).items()}
     try:
         with isolate_rng():
-            logged = dict(ChainMap(*again.run()))
+            logged = dict(ChainMap(*again.run())) | known
         for metrics, table in zip(before, tables, strict=True):
             metrics |= _prefixed(table, prefix)
+        for metrics in (before[0], before[2]):  # not the progress bar
+            metrics |= _prefixed(known, prefix)
     finally:
-        epoch_loop.val_loop, trainer.callbacks, trainer.loggers = first, callbacks, loggers
+        set_validation_loop(trainer, first)
+        trainer.callbacks, trainer.loggers = callbacks, loggers
         for metrics, table in zip(before, tables, strict=True):
             table.clear()
             table.update(metrics)
-    trainer._logger_connector.log_metrics(_prefixed(logged, prefix))  # with the step and epoch of the live metrics
+    log_now(trainer, _prefixed(logged, prefix))
 
 
-def _prefixed(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _prefixed(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {f"{prefix}{name}": value for name, value in metrics.items()}

@@ -15,11 +15,18 @@ from transformers.utils import logging
 from lagless.averaging import Attachment, Averager, HoldsAverages, warn_of_rate
 from lagless.checkpoints import check_destination
 from lagless.integrations._exports import base_model_name, describe, export_folder, remove_export
+from lagless.integrations._facts import AverageMoments
 from lagless.integrations._learning_rates import present_share, scheduled_share
 from lagless.integrations._noise import LOGGED, NoiseLog
 from lagless.integrations._optimizers import averaged_optimizer, training_weights
 from lagless.integrations.distributed import export_model
 from lagless.integrations.transformers._caller import BoundTrainer, calling_trainer
+from lagless.integrations.transformers._compat import (
+    EVALUATE_ARGUMENTS,
+    TRAIN_ARGUMENTS,
+    callbacks_of,
+    save_quietly,
+)
 from lagless.integrations.transformers._evaluation import average_of, evaluate_averages, log_average, losses_of
 from lagless.integrations.transformers._lora import MergedLoraAverager, is_adapter
 from lagless.integrations.transformers._optimizer_average import OptimizerAverage
@@ -40,6 +47,8 @@ class AveragingCallback(TrainerCallback):
       ``name`` are called ``eval_{name}_loss`` and so on (``eval_{dataset}_{name}_loss`` with a dictionary of datasets),
       and ``metric_for_best_model``, early stopping and learning-rate schedules may follow them. The training run stays
       bitwise what it would have been.
+      Beside the metrics stand, under the same prefix, the average's ``distance`` from the live weights (Euclidean), its
+      ``mean_age`` in steps, ``effective_iterates`` and ``updates``.
     - **Checkpoints.** Each ``checkpoint-N`` gets ``averages.safetensors``; a resumed run continues bit for bit.
       Under ``save_only_model`` it is left out, like the optimizer's state, unless ``load_best_model_at_end`` needs it.
     - **The end.** ``output_dir/averaged/{name}`` is the average as a model, or adapter, ready to load. With
@@ -103,6 +112,7 @@ class AveragingCallback(TrainerCallback):
         self._export_at_save = export_at_save
         self._on_missing_state = on_missing_state
         self._noise = NoiseLog(gradient_noise)
+        self._moments: dict[str, AverageMoments] = {}
         self._attachment: Attachment | None = None
         self._own: OptimizerAverage | None = None
         self._bound: BoundTrainer | None = None
@@ -131,7 +141,7 @@ class AveragingCallback(TrainerCallback):
         if self._bound is not None:
             raise ValueError("this AveragingCallback is bound to a Trainer already; make one for each Trainer.")
         self._bound = BoundTrainer(trainer)
-        if self not in trainer.callback_handler.callbacks:
+        if self not in callbacks_of(trainer):
             trainer.add_callback(self)
         return self
 
@@ -142,7 +152,7 @@ class AveragingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the Averager, or restore it, and follow the optimizer."""
-        trainer, [checkpoint] = self._caller(state, "resume_from_checkpoint")
+        trainer, [checkpoint] = self._caller(state, *TRAIN_ARGUMENTS)
         self._refuse(trainer)
         forget_record(trainer)
         if self._attachment is not None:  # of a run that ended in an error, such as one batch size too many
@@ -167,7 +177,7 @@ class AveragingCallback(TrainerCallback):
         )
         self._training, self._saved_step = True, None
         # First in line at on_evaluate, so that early stopping finds the averages' metrics wherever it was listed.
-        callbacks = trainer.callback_handler.callbacks
+        callbacks = callbacks_of(trainer)
         callbacks[:] = [self, *(other for other in callbacks if other not in (self, self._last)), self._last]
 
     def _begin(self, trainer: Trainer, state: TrainerState, model: nn.Module, checkpoint: str | None) -> None:
@@ -206,6 +216,8 @@ class AveragingCallback(TrainerCallback):
                     f"{stored}: {error} (New averages from this step on: delete the file and pass "
                     "on_missing_state='restart'.)"
                 ) from error
+        start = state.global_step if joins else 0
+        self._moments = {name: AverageMoments(rule, start) for name, rule in self.averager.rules.items()}
         first = _first_evaluation(trainer.args, state)
         if first is not None and first <= state.max_steps:
             self._require_followed(trainer, self.averager, first)
@@ -243,7 +255,7 @@ class AveragingCallback(TrainerCallback):
             self._own.optimizer.train()
 
     def _evaluate_averages(self, state: TrainerState, model: nn.Module, metrics: dict[str, float]) -> None:
-        trainer, arguments = self._caller(state, "eval_dataset", "ignore_keys", "metric_key_prefix")
+        trainer, arguments = self._caller(state, *EVALUATE_ARGUMENTS)
         averaged: dict[str, float] = {}
         if self._own is not None and self._own.name in self._evaluated():
             prefix = arguments[2]
@@ -254,7 +266,7 @@ class AveragingCallback(TrainerCallback):
                 self._require_followed(trainer, self.averager, state.global_step)
             names = [n for n in self.averager.rules if n in self._evaluated() and self.averager.updates(n)]
             with training_weights(trainer.optimizer):
-                averaged |= evaluate_averages(trainer, model, self.averager, names, *arguments)
+                averaged |= evaluate_averages(trainer, model, self.averager, names, *arguments, moments=self._moments)
         if clash := sorted(averaged.keys() & metrics.keys()):
             raise ValueError(f"{', '.join(clash)} are metrics of the live model and of an average; rename the average.")
         metrics.update(averaged)
@@ -341,9 +353,7 @@ class AveragingCallback(TrainerCallback):
 
     def _refuse(self, trainer: Trainer) -> None:
         """Refuse what cannot be averaged, whatever the rules."""
-        if any(
-            isinstance(other, AveragingCallback) and other is not self for other in trainer.callback_handler.callbacks
-        ):
+        if any(isinstance(other, AveragingCallback) and other is not self for other in callbacks_of(trainer)):
             raise ValueError("this Trainer has two AveragingCallbacks; give one, with a mapping of names to rules.")
         if trainer.state.is_hyper_param_search:
             raise NotImplementedError("AveragingCallback does not support hyperparameter_search; train() each trial.")
@@ -444,9 +454,9 @@ class AveragingCallback(TrainerCallback):
                         record = describe(averager, name) | losses_of(trainer, name)
                         base = base_model_name(trainer.accelerator.unwrap_model(trainer.model))
                         with export_folder(out, record, base) as temporary:
-                            trainer.save_model(str(temporary), _internal_call=True)
+                            save_quietly(trainer, temporary)
                     else:
-                        trainer.save_model(str(out), _internal_call=True)  # takes part, writes nothing
+                        save_quietly(trainer, out)  # takes part, writes nothing
                 logger.info(f"The average {name} is saved in {out}.")
 
 

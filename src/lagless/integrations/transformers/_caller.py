@@ -5,7 +5,7 @@ Trainer can evaluate as it does itself, and only its arguments say which checkpo
 
 Somebody who binds the callback hands the Trainer over: its ``train`` and ``evaluate`` then note what they are called
 with. Otherwise the Trainer is looked for further up the stack, as the ``self`` of whoever raised the event, and what
-it was called with among the variables there, under the names that transformers 5.0 to 5.23 give them.
+it was called with among the variables there, under the names in ``_compat``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
+
+from lagless.integrations.transformers._compat import callbacks_of
 
 
 class BoundTrainer:
@@ -83,7 +85,7 @@ def calling_trainer(
     while frame is not None:
         variables = frame.f_locals
         trainer = variables.get("self")
-        if isinstance(trainer, Trainer) and callback in trainer.callback_handler.callbacks:
+        if isinstance(trainer, Trainer) and callback in callbacks_of(trainer):
             if all(name in variables for name in arguments):
                 return trainer, [variables[name] for name in arguments]
         frame = frame.f_back

@@ -16,6 +16,8 @@ from transformers import Trainer
 from transformers.trainer_utils import speed_metrics
 
 from lagless.averaging import Averager
+from lagless.integrations._facts import AverageMoments, distance
+from lagless.integrations.transformers._compat import close_progress_bar, collected_metrics
 
 
 def evaluate_averages(
@@ -26,6 +28,7 @@ def evaluate_averages(
     eval_dataset: Any,
     ignore_keys: list[str] | None,
     metric_key_prefix: str,
+    moments: Mapping[str, AverageMoments] | None = None,
 ) -> dict[str, float]:
     """Do for averages what ``Trainer.evaluate`` has just done for the live model, and log it.
 
@@ -40,6 +43,7 @@ def evaluate_averages(
         eval_dataset: as ``Trainer.evaluate`` takes it.
         ignore_keys: likewise.
         metric_key_prefix: of the live model's metrics.
+        moments: of each average, whose mean age and effective number of iterates are logged too.
 
     Returns:
         The metrics; those of the average ``name`` begin with ``{metric_key_prefix}_{name}_``.
@@ -48,7 +52,7 @@ def evaluate_averages(
     for name in names:
         prefix = f"{metric_key_prefix}_{name}"
         began = time.time()
-        _close_bar(trainer)  # the callback that draws it counts on from the evaluation before
+        close_progress_bar(trainer)  # the callback that draws it counts on from the evaluation before
         with same_random_state(model), averager.applied(name):
             # A new one, as in evaluate(): an iterator with a state of its own would give the average other batches.
             batches = trainer.get_eval_dataloader(eval_dataset)
@@ -61,12 +65,23 @@ def evaluate_averages(
             )
         metrics = output.metrics or {}
         metrics |= {f"{prefix}_{key}": value for key, value in _take_metrics_aside(trainer).items()}
+        metrics |= {f"{prefix}_{key}": value for key, value in facts_of(averager, name, model, moments).items()}
         count = output.num_samples or 0
         size = trainer.args.eval_batch_size * trainer.args.world_size
         metrics |= speed_metrics(prefix, began, num_samples=count, num_steps=math.ceil(count / size))
         merged |= metrics | log_average(trainer, metrics, prefix, metric_key_prefix)
-    _close_bar(trainer)
+    close_progress_bar(trainer)
     return merged
+
+
+def facts_of(
+    averager: Averager, name: str, model: nn.Module, moments: Mapping[str, AverageMoments] | None
+) -> dict[str, float]:
+    """Return what is logged of an average beside its losses; the model holds the live weights."""
+    found = {"distance": distance(averager, name, model), "updates": float(averager.updates(name))}
+    if moments is not None and (known := moments[name].at(averager.step)) is not None:
+        found |= {"mean_age": known[0], "effective_iterates": known[1]}
+    return found
 
 
 def average_of(
@@ -109,19 +124,13 @@ def same_random_state(model: nn.Module) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _close_bar(trainer: Trainer) -> None:
-    for callback in trainer.callback_handler.callbacks:
-        if getattr(callback, "prediction_bar", None) is not None:
-            callback.on_predict(trainer.args, trainer.state, trainer.control, metrics={})
-
-
 def _take_metrics_aside(trainer: Trainer) -> dict[str, float]:
     """Means of what TRL's trainers collect beside the loop, and would log next as the live model's."""
-    collected = getattr(trainer, "_metrics", None)
-    if not (isinstance(collected, dict) and isinstance(collected.get("eval"), dict)):
+    collected = collected_metrics(trainer)
+    if collected is None:
         return {}
-    lists = {key: [value for value in values if not math.isnan(value)] for key, values in collected["eval"].items()}
-    collected["eval"].clear()
+    lists = {key: [value for value in values if not math.isnan(value)] for key, values in collected.items()}
+    collected.clear()
     return {key: sum(values) / len(values) for key, values in lists.items() if values}
 
 

@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from lagless._validation import require_integer
 from lagless.averaging import Attachment, Averager, unwrap
 from lagless.integrations.transformers._caller import calling_trainer
+from lagless.integrations.transformers._compat import TRAIN_ARGUMENTS
 from lagless.rules import Rule, default_rule
 
 REFERENCE_FILE = "reference.safetensors"
@@ -79,7 +80,7 @@ class MovingReferenceCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin the average with the policy, or restore it."""
-        trainer, [checkpoint] = calling_trainer(self, "resume_from_checkpoint", state=state)
+        trainer, [checkpoint] = calling_trainer(self, *TRAIN_ARGUMENTS, state=state)
         _refuse(trainer)
         if self._attachment is not None:
             self._attachment.remove()

@@ -21,6 +21,7 @@ from lagless.checkpoints import CheckpointError
 from lagless.execution import is_sharded
 from lagless.integrations._exports import base_model_name, describe, export_folder, remove_export
 from lagless.integrations.distributed import export_model
+from lagless.integrations.transformers._compat import best_step, save_quietly
 from lagless.integrations.transformers._evaluation import losses_of
 from lagless.integrations.transformers._lora import is_adapter
 from lagless.integrations.transformers._returned_model import record_saves
@@ -68,7 +69,7 @@ class OptimizerAverage:
                 f"load_best_model_at_end does not go back to the average of {self.name} where parameters are sharded; "
                 "leave the option out, and the model is the average of the last step."
             )
-        if best is not None and self._updates(state.best_global_step or 0) and not (best / FILE).is_file():
+        if best is not None and self._updates(best_step(state) or 0) and not (best / FILE).is_file():
             raise ValueError(
                 f"load_best_model_at_end may go back to {best}, where there is no {FILE}: it was saved without the "
                 "callback. Go on without load_best_model_at_end."
@@ -90,7 +91,7 @@ class OptimizerAverage:
             best: the checkpoint to whose live weights the Trainer has gone back.
             out: the folder.
         """
-        step = self.optimizer.steps_taken if best is None else trainer.state.best_global_step or 0
+        step = self.optimizer.steps_taken if best is None else best_step(trainer.state) or 0
         if not self._updates(step):
             logger.warning(f"{self.name} has had no update at step {step}: the model holds the live weights.")
             self.show()
@@ -105,9 +106,9 @@ class OptimizerAverage:
         elif trainer.args.should_save:
             base = base_model_name(trainer.accelerator.unwrap_model(trainer.model))
             with export_folder(out, record | losses_of(trainer, self.name), base) as temporary:
-                trainer.save_model(str(temporary), _internal_call=True)
+                save_quietly(trainer, temporary)
         else:
-            trainer.save_model(str(out), _internal_call=True)  # takes part, writes nothing
+            save_quietly(trainer, out)  # takes part, writes nothing
         record_saves(trainer, record)
 
     def keep(self) -> None:
