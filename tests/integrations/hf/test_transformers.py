@@ -493,8 +493,8 @@ class Fork(Trainer):
     """As ms-swift does it: metrics collected beside the loop, computed and forgotten by ``log``, under one name."""
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        first = next(model.parameters()).detach().flatten()[0]
-        self.custom_metrics = [*getattr(self, "custom_metrics", []), float(first)]
+        last = list(model.parameters())[-1].detach().sum()
+        self.custom_metrics = [*getattr(self, "custom_metrics", []), float(last)]
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def log(self, logs, *args, **kwargs):
