@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # 
 
 from lagless.checkpoints import find_checkpoints  # noqa: E402
 from lagless.lab.data import Document, train_tokenizer  # noqa: E402
+from lagless.lab.evaluate import TRAIN, VALIDATION, EvaluationPlan, evaluate_models  # noqa: E402
 from lagless.lab.recipes import (  # noqa: E402
     _method as methods,  # noqa: E402
     describe,
@@ -287,6 +288,29 @@ def test_dry_run_writes_nothing(recipe, tmp_path, monkeypatch):
     assert 2 * 60 / 4 < by_epochs.steps < 2 * 95 / 4
     unknown = dry_run(recipe("pace-pretrain-small", training__max_steps=None, training__epochs=1))
     assert unknown.steps is None and "set training.max_steps" in unknown.lines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "loss_on"), [("bema-sft-small", "all"), ("bema-sft-small", "assistant"), ("pace-pretrain-small", None)]
+)
+def test_evaluation_counts_the_tokens_that_training_counted(name, loss_on, recipe, tmp_path):
+    """The held-out loss of training again, from the stored models: in one batch it is the mean over counted tokens."""
+    changes = {} if loss_on is None else {"data__loss_on": loss_on}
+    out = tmp_path / "run"
+    result = train(recipe(name, **changes), out)
+    plan = EvaluationPlan(("loss",), {"loss": VALIDATION})
+    [row] = evaluate_models([out], plan, at=[4])
+    if loss_on is not None:  # PACE's checkpoints hold the live weights, and its loss is that of the average
+        assert row.results["loss"].mean.value == pytest.approx(result["final"]["live"]["loss"], rel=1e-5)
+    else:
+        shutil.rmtree(out / "checkpoint-4")
+        shutil.copytree(out / "averaged" / "optimizer", out / "checkpoint-4")
+        [average] = evaluate_models([out], plan, at=[4])
+        assert average.results["loss"].mean.value == pytest.approx(result["final"]["optimizer"]["loss"], rel=1e-5)
+    [trained] = evaluate_models([out], EvaluationPlan(("loss",), {"loss": TRAIN}), at=[4])
+    assert trained.results["loss"].mean.n > row.results["loss"].mean.n
+    with pytest.raises(ValueError, match="give its folder first"):
+        list(evaluate_models([out / "checkpoint-4"], plan))
 
 
 def test_bad_input_is_found_before_training(recipe, files, tmp_path, monkeypatch):

@@ -20,7 +20,8 @@ Data = Annotated[
     list[str],
     typer.Option(
         metavar="[TASK=]SOURCE",
-        help="File or hub data set for a task; may be repeated. Without it tasks read their data set from the hub.",
+        help="File or hub data set for a task; may be repeated. Without it tasks read their data set from the hub. For "
+        "the loss of a run of lagless train also recipe:train or recipe:validation.",
     ),
 ]
 Tasks = Annotated[list[str], typer.Option(help="loss, boolq, gsm8k, mmlu_hs, arithmetic; may be repeated.")]
@@ -48,6 +49,10 @@ def evaluate(
     level: Annotated[int, typer.Option(help="Difficulty of the arithmetic task, 1 to 3.")] = 1,
     max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of a response. Default: the task's.")] = None,
     chat: Annotated[bool, typer.Option(help="Put prompts through the tokenizer's chat template.")] = False,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Split of a hub data set for the loss. Default: test, or the 1 % of train that is held out."),
+    ] = None,
     backend: Annotated[Literal["hf", "vllm"], typer.Option(help="What generates.")] = "hf",
     batch_size: BatchSize = 16,
     dtype: Annotated[
@@ -98,6 +103,7 @@ def evaluate(
             )
             if value is not None
         },
+        split,
     )
     rows: list[Row] = []
     choose = (lambda trajectory: chosen_rules(trajectory.steps, rule, settings, grid)) if rule else None

@@ -13,6 +13,7 @@ import torch
 
 from lagless.checkpoints import Trajectory, find_checkpoints, holds_weights
 from lagless.lab.averages import LIVE, evaluate_averages, load_model
+from lagless.lab.cross_entropy import IGNORED
 from lagless.lab.environment import commit, machine, versions
 from lagless.lab.evaluation import (
     TASKS,
@@ -33,6 +34,8 @@ from lagless.posthoc import average_checkpoints
 from lagless.rules import Rule
 
 LOSS = "loss"
+TRAIN, VALIDATION = "recipe:train", "recipe:validation"
+"""The data that a run of ``lagless train`` was trained on, and those that it held out."""
 
 _CHECKPOINT = re.compile(r"(checkpoint|ckpt|global_?step|step|iter(ation)?)[-_=]?\d+$", re.IGNORECASE)
 
@@ -43,7 +46,8 @@ class EvaluationPlan:
 
     Attributes:
         tasks: ``"loss"`` and those of :data:`lagless.lab.evaluation.TASKS`.
-        data: by task, a file or the name of a data set on the hub; the loss needs one.
+        data: by task, a file or the name of a data set on the hub. The loss needs one, or for runs of ``lagless train``
+            :data:`TRAIN` or :data:`VALIDATION`: the run's own data, with the tokens that its training counted.
         prompts: per task (MMLU: per subject); None for the paper's.
         samples: responses per prompt.
         sequences: held-out sequences of the loss.
@@ -57,6 +61,8 @@ class EvaluationPlan:
         dtype: of the weights in memory; None for float32 with ``"hf"`` and for the checkpoints' own with ``"vllm"``.
         device: None for an accelerator if there is one.
         engine: arguments of vLLM's engine, such as ``gpu_memory_utilization``.
+        split: of a data set on the hub for the loss; None for test, or where there is none, the 1 % of train that
+            recipes hold out.
     """
 
     tasks: tuple[str, ...]
@@ -74,6 +80,7 @@ class EvaluationPlan:
     dtype: str | None = None
     device: str | None = None
     engine: Mapping[str, int | float] = field(default_factory=dict)
+    split: str | None = None
 
     def __post_init__(self) -> None:
         for task in (*self.tasks, *self.data):
@@ -119,17 +126,19 @@ class Evaluator:
     Args:
         plan: what to evaluate on.
         tokenizer: of the models.
+        run: the run that the models are of, for its own data.
+
+    Raises:
+        ValueError: if data are missing or do not fit.
     """
 
-    def __init__(self, plan: EvaluationPlan, tokenizer: Any) -> None:
+    def __init__(self, plan: EvaluationPlan, tokenizer: Any, run: Path | None = None) -> None:
         self._plan, self._tokenizer = plan, tokenizer
         closed = [task for task in plan.tasks if task != LOSS]
         self._sequences: Sequences | None = None
         self._closed_loop: ClosedLoop | None = None
         if LOSS in plan.tasks:
-            self._sequences = held_out_sequences(
-                plan.data[LOSS], tokenizer, length=plan.length, count=plan.sequences, seed=plan.seed
-            )
+            self._sequences = _loss_sequences(plan, tokenizer, run)
         if closed:
             self._closed_loop = ClosedLoop(
                 closed,
@@ -163,6 +172,25 @@ class Evaluator:
         return self(model.eval().to(self._plan.device or torch.accelerator.current_accelerator() or "cpu"))
 
 
+def _loss_sequences(plan: EvaluationPlan, tokenizer: Any, run: Path | None) -> Sequences:
+    data = plan.data[LOSS]
+    if data not in (TRAIN, VALIDATION):
+        return held_out_sequences(
+            data, tokenizer, length=plan.length, count=plan.sequences, seed=plan.seed, split=plan.split
+        )
+    if run is None:
+        raise ValueError(f"data={data!r} are those of a run of lagless train; give its folder first.")
+    from lagless.lab.training import counted_sequences
+
+    found = counted_sequences(run, "train" if data == TRAIN else "validation", plan.sequences)
+    tokens = torch.zeros(len(found), max(len(ids) for ids, _ in found), dtype=torch.long)
+    labels = torch.full_like(tokens, IGNORED)
+    for row, (ids, counted) in enumerate(found):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        labels[row, : len(ids)] = torch.where(torch.tensor(counted), torch.tensor(ids), IGNORED)
+    return Sequences(tokens, labels)
+
+
 def evaluate_models(
     sources: Sequence[Path],
     plan: EvaluationPlan,
@@ -191,7 +219,8 @@ def evaluate_models(
         trajectory = find_checkpoints(source) if folders is None else None
         tokenizer = load_tokenizer(trajectory.checkpoints[-1].folder if trajectory else (folders or [source])[0])
         if evaluator is None:
-            evaluator, vocabulary = Evaluator(plan, tokenizer), tokenizer.get_vocab()
+            run = None if trajectory is None else source
+            evaluator, vocabulary = Evaluator(plan, tokenizer, run), tokenizer.get_vocab()
         elif tokenizer.get_vocab() != vocabulary:
             raise ValueError(f"{source}: its tokenizer is not the one of {sources[0]}; evaluate them apart.")
         if trajectory is None:

@@ -6,8 +6,12 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 
+from lagless.lab.data import split_rows
 from lagless.lab.evaluation import Losses, Sequences, held_out_sequences, sequence_losses
+from lagless.lab.evaluation._rows import read_rows
+from lagless.lab.recipes import PretrainingData
 
 
 def rows(path, records):
@@ -100,3 +104,24 @@ def test_data_that_do_not_fit_are_refused(tokenizer, tmp_path, text):
     (tmp_path / "a.doc").write_text("a")
     with pytest.raises(ValueError, match="its type is not one of .json"):
         held_out_sequences(str(tmp_path / "a.doc"), tokenizer, length=8)
+
+
+@pytest.mark.parametrize("splits", [["train", "test"], ["train"], ["validation"]])
+def test_the_split_of_a_hub_data_set(splits, monkeypatch, tokenizer):
+    """Its test split; where there is none, the rows of train that recipes hold out; or the one that is named."""
+    rows = {split: Dataset.from_dict({"text": [f"{split} {i} " * 20 for i in range(400)]}) for split in splits}
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda source, name=None: splits)
+    monkeypatch.setattr("datasets.load_dataset", lambda source, name=None, split=None: rows[split])
+    if "train" not in splits:
+        with pytest.raises(ValueError, match="has the splits validation; name one with --split"):
+            read_rows("someone/set", split=None)
+        assert len(read_rows("someone/set", split="validation")) == 400
+        return
+    found = [row["text"] for row in read_rows("someone/set", split=None)]
+    if "test" in splits:
+        assert found == rows["test"]["text"]
+    else:
+        source = PretrainingData(kind="pretraining", path="someone/set", sequence_length=8)
+        monkeypatch.setattr("lagless.lab.data._rows.load_dataset", lambda *a, streaming, **o: rows["train"])
+        assert found == split_rows(source)[1]["text"] and 0 < len(found) < 20
+    assert len(held_out_sequences("someone/set", tokenizer, length=16, count=2).tokens) == 2

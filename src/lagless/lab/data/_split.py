@@ -41,12 +41,25 @@ def split_rows(source: Source, *, streaming: bool = False) -> tuple[TensorTable,
     require_columns(rows, [group] if group else [], source.path, "data.group_column")
 
     def held_out(row: dict[str, object], index: int) -> bool:
-        return _fraction(f"{source.split_seed} {row[group] if group else index}") < source.validation_fraction
+        return is_held_out(row[group] if group else index, source.split_seed, source.validation_fraction)
 
     if isinstance(rows, Dataset):
         return _split_file(source, rows, rows[group] if group else range(len(rows)))
     train = rows.filter(lambda row, index: not held_out(row, index), with_indices=True)
     return train, rows.filter(held_out, with_indices=True)
+
+
+def is_held_out(key: object, seed: int = 42, fraction: float = 0.01) -> bool:
+    """Tell whether a row, or a group of rows, is held out: with probability ``fraction``, the same on every machine.
+
+    The defaults are those of recipes.
+
+    Args:
+        key: number of the row, or the group.
+        seed: of the split.
+        fraction: share that is held out.
+    """
+    return _fraction(f"{seed} {key}") < fraction
 
 
 def _split_file(source: Source, rows: Dataset, keys: Sequence[object]) -> tuple[Dataset, Dataset]:

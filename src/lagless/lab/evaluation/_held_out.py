@@ -22,7 +22,7 @@ Window = tuple[list[int], int]
 
 
 def held_out_sequences(
-    data: str, tokenizer: Any, *, length: int, count: int | None = 200, seed: int = 0, split: str = "test"
+    data: str, tokenizer: Any, *, length: int, count: int | None = 200, seed: int = 0, split: str | None = None
 ) -> Sequences:
     """Held-out sequences, the same ones for the same seed.
 
@@ -37,7 +37,7 @@ def held_out_sequences(
         length: tokens per sequence; longer examples are left out.
         count: how many sequences; the default is the paper's. None for all.
         seed: of the choice.
-        split: of a data set on the hub.
+        split: of a data set on the hub; None for test, or where there is none, the 1 % that recipes hold out of train.
 
     Raises:
         ValueError: if the data have none of these columns, the tokenizer has no chat template where one is needed, or
@@ -63,7 +63,7 @@ def held_out_sequences(
     return pad(chosen)
 
 
-def held_out_documents(data: str, tokenizer: Any, *, length: int, split: str = "test") -> dict[str, list[Window]]:
+def held_out_documents(data: str, tokenizer: Any, *, length: int, split: str | None = None) -> dict[str, list[Window]]:
     """Return held-out documents by their content, each cut into windows; what is there twice counts once.
 
     A document is a text of its own (a row, or what :data:`SEPARATOR` ends), a conversation, or a question with its
@@ -73,7 +73,7 @@ def held_out_documents(data: str, tokenizer: Any, *, length: int, split: str = "
         data: a file or the name of a data set on the hub.
         tokenizer: the model's.
         length: tokens per window at most; longer examples are left out.
-        split: of a data set on the hub.
+        split: of a data set on the hub; None for test, or where there is none, the 1 % that recipes hold out of train.
 
     Returns:
         By text (or row, as JSON), the windows: token ids, and the position at which the targets begin.
