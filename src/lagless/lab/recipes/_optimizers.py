@@ -80,7 +80,10 @@ class PrimalAveraging(OptimizerSection):
     kind: Literal["primal_averaging"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         description="lagless.optim.PrimalAveraging: AdamW with its gradients taken between its iterate and the average."
     )
-    base: AdamW = Field(AdamW(kind="adamw"), description="The optimizer that steps; betas [0, β₂] for Schedule-Free.")
+    base: AdamW = Field(
+        AdamW.model_validate({"kind": "adamw"}),
+        description="The optimizer that steps; betas [0, β₂] for Schedule-Free.",
+    )
     average: AveragingRule = Field(EMA(half_life_fraction=0.05), description="Rule of the average that is returned, x.")
     interpolation: float = Field(0.9, ge=0, le=1, description="Share of the average where the gradient is taken.")
     pull: float = Field(0.0, ge=0, le=1, description="How far the iterate moves to the average at its updates.")

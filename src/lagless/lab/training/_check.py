@@ -30,7 +30,9 @@ def check_run(recipe: Recipe, folder: Path) -> None:
         if path is not None and _is_local(path) and not Path(path).expanduser().exists():
             raise ValueError(f"{field}: {path} does not exist. Give a file or folder, or a name of the hub.")
     steps = recipe.training.max_steps
-    for name, rule in recipe.averages().items() if steps is not None else ():
+    if steps is None:
+        return
+    for name, rule in recipe.averages().items():
         try:
             require_updates(rule, steps)
         except ValueError as error:
