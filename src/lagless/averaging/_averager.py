@@ -31,7 +31,7 @@ from lagless.execution import (
     local,
     observe_steps,
 )
-from lagless.rules import InitialWeights, Rule, Tick, named_rules, require_updates
+from lagless.rules import InitialWeights, Rule, named_rules, require_updates
 
 if TYPE_CHECKING:
     from lagless.averaging._initial_weights import StoredStart
@@ -415,23 +415,21 @@ class Averager:
 
     def _load(self, state: State, check_live: bool) -> None:
         self._refuse_while_applied("load a state")
-        own = self._state({})
-        tensors, with_low = match(state, own)
+        given = match(state, self._state({}), self.rules)
         shardings = dict(zip(self._live.names, self._live.shardings, strict=True))
-        parts = {name: shardings[name.split("/", 1)[1]].part_of(tensor) for name, tensor in tensors.items()}
-        meta = state["meta"]
-        self._rules.last = {name: Tick(**meta["last"][name]) for name in self.rules}
-        self.step, self._buffers.seed = meta["step"], meta["seed"]
+        parts = {name: shardings[name.split("/", 1)[1]].part_of(tensor) for name, tensor in given.tensors.items()}
+        unlike = self._check.unlike(live_digests(state)) if check_live else {}
         for i, name in enumerate(self._rules.buffer_names()):
-            if name in with_low:
+            if name in given.with_low:
                 self._buffers.keep_low(i)
+        self._rules.last, self.step, self._buffers.seed = given.last, given.step, given.seed
         left_out: list[str] = []
         for name, tensor in self._state({})["tensors"].items():
             if name in parts:
                 local(tensor).copy_(parts[name])
             else:  # low bits that the state has not
                 local(tensor).zero_()
-                left_out += [name] if buffer_with_low(name) in with_low else []
+                left_out += [name] if buffer_with_low(name) in given.with_low else []
         if left_out:
             warnings.warn(
                 f"the state was made with low bits, and is loaded without {len(left_out)} of them, {left_out[:3]}: the "
@@ -440,7 +438,7 @@ class Averager:
                 UserWarning,
                 stacklevel=2,
             )
-        self._check.expect(live_digests(state) if check_live else {})
+        self._check.expect(unlike)
         if self._stored_start is not None:
             self._stored_start.mismatch = None  # the state vouches for θ_0 by its fingerprint
 

@@ -35,13 +35,17 @@ class LiveCheck:
             return self._expected
         return {name: _digest(tensor) for name, tensor in self._present().items()}
 
-    def expect(self, digests: Mapping[str, str]) -> None:
-        """Require these digests at the next use; none are required of states that have none.
+    def unlike(self, digests: Mapping[str, str]) -> Mapping[str, str]:
+        """Return ``digests`` if the live weights have others now; nothing if they are these, or nobody knows.
 
         Weights that have them already are not looked at again: they may change before the next use in a way that is
         not seen here, as by the step of an optimizer without hooks.
         """
-        self._expected = digests if digests and self._different(self._present(), digests) else {}
+        return digests if digests and self._different(self._present(), digests) else {}
+
+    def expect(self, digests: Mapping[str, str]) -> None:
+        """Require these digests at the next use; nothing is required where there are none."""
+        self._expected = digests
 
     def require(self) -> None:
         """Refuse to go on beside other live weights than those of the state.

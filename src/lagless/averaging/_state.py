@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
+from lagless._validation import shown
 from lagless.averaging._live import LiveTensors
+from lagless.averaging._state_checks import (
+    LIVE,
+    LOW,
+    buffer_names,
+    count,
+    entry_of,
+    low_entries,
+    mapping,
+    plain,
+    plain_entries,
+    tensors,
+    ticks,
+)
 from lagless.execution import LOW_DTYPE, RuleSet
-from lagless.rules import rule_to_dict, same_rule
+from lagless.rules import Rule, Tick, rule_to_dict, same_rule
 
 FORMAT = 2
 """2 has digests of the live weights. States of format 1 are read too, and go on unchecked."""
@@ -21,13 +35,6 @@ class State(TypedDict):
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
-
-
-_LIVE = "live/"
-"""Begins an entry of the lists under "buffers" that says what the live weights were: "live/{digest}/{name}"."""
-
-_LOW = ".low"
-"""Ends the name of a buffer's low bits, which no buffer's own name does: that ends with a number."""
 
 
 def make_state(
@@ -49,12 +56,12 @@ def make_state(
         digests: of the live weights, by name; empty where nobody knows them.
     """
     names = rules.buffer_names()
-    tensors = {
+    stored = {
         f"{name}/{parameter}": sharding.present(part)
         for name, buffer in zip(names, buffers, strict=True)
         for parameter, sharding, part in zip(live.names, live.shardings, buffer, strict=bool(buffer))
     } | {
-        f"{name}{_LOW}/{parameter}": sharding.present(part)
+        f"{name}{LOW}/{parameter}": sharding.present(part)
         for name, bits in zip(names, low, strict=True)
         for parameter, sharding, part in zip(live.names, live.shardings, bits, strict=bool(bits))
         if part is not None
@@ -68,57 +75,73 @@ def make_state(
         # torch.distributed.checkpoint loads only what a new state has a key for, and refuses files that lack one. So
         # what is new since the first version, low bits and digests, is said in these lists.
         "buffers": {
-            rule: [names[i] for i in indices] + [names[i] + _LOW for i in indices if low[i]]
+            rule: [names[i] for i in indices] + [names[i] + LOW for i in indices if low[i]]
             for rule, indices in rules.index.items()
         },
         "start": numbers["start"],
     }
-    meta["buffers"][next(iter(rules.rules))] += [f"{_LIVE}{digest}/{name}" for name, digest in digests.items()]
-    return {"tensors": tensors, "meta": meta}
+    meta["buffers"][next(iter(rules.rules))] += [f"{LIVE}{digest}/{name}" for name, digest in digests.items()]
+    return {"tensors": stored, "meta": meta}
 
 
-def match(state: State, expected: State) -> tuple[dict[str, Tensor], set[str]]:
-    """Return the tensors of ``state`` under the names of ``expected``; refused if it belongs to something else.
+class Matched(NamedTuple):
+    """What a state says, under this Averager's names.
 
-    Returns:
-        The tensors, low bits included where ``state`` has them, and the names in ``expected`` of buffers that had low
-        bits when the state was made. States of earlier versions have none.
+    Attributes:
+        step: optimizer steps so far.
+        seed: of the noise of rounding.
+        last: the latest update of each rule.
+        tensors: buffers, and low bits where the state has them.
+        with_low: names of the buffers that had low bits when it was made. States of earlier versions have none.
+    """
+
+    step: int
+    seed: int
+    last: dict[str, Tick]
+    tensors: dict[str, Tensor]
+    with_low: set[str]
+
+
+def match(state: State, expected: State, rules: Mapping[str, Rule]) -> Matched:
+    """Return what ``state`` says, if an Averager of these rules and tensors could have written it.
+
+    Args:
+        state: what was given.
+        expected: the present state of the Averager.
+        rules: by name.
 
     Raises:
-        ValueError: if rules, parameters, storage or base checkpoint differ, naming the first difference and the remedy.
+        ValueError: naming the first entry that does not fit, and the remedy.
     """
-    try:
-        meta, wanted, have, need = state["meta"], expected["meta"], state["tensors"], expected["tensors"]
-        if meta["format"] not in (1, FORMAT):
-            raise ValueError(
-                f"averager state has format {meta['format']!r}; this lagless reads 1 to {FORMAT}. Update lagless."
-            )
-        given, own = meta["rules"], wanted["rules"]
-        if given.keys() != own.keys() or not all(same_rule(given[name], own[name]) for name in own):
-            raise ValueError(
-                f"averager state was made with rules {meta['rules']}, this Averager has {wanted['rules']}. "
-                "Make the Averager with the same rules and names, or start new averages."
-            )
-        if _fingerprint(meta["start"]) != _fingerprint(wanted["start"]):
-            raise ValueError(
-                f"averager state was made with start={meta['start']}, this Averager has start={wanted['start']}. "
-                "Give the same base checkpoint."
-            )
-        # Rules in another order share buffers under other names.
-        theirs = {
-            own: other
-            for rule, names in wanted["buffers"].items()
-            for own, other in zip(_plain(names), _plain(meta["buffers"][rule]), strict=True)
-        }
-        ours = {other: own for own, other in theirs.items()}
-        announced = {
-            ours[name.removesuffix(_LOW)] for names in meta["buffers"].values() for name in names if _says_low(name)
-        }
-        counters = isinstance(meta["step"], int) and isinstance(meta["seed"], int)
-        if not counters or meta["last"].keys() != wanted["last"].keys():
-            raise KeyError("step, seed, last")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"this is not the state of an Averager ({error!r}); give what state_dict returned.") from error
+    whole = mapping("the state", state)
+    meta, wanted = mapping("meta", entry_of(whole, "meta")), expected["meta"]
+    have, need = tensors(entry_of(whole, "tensors")), expected["tensors"]
+    version = entry_of(meta, "format", "meta")
+    if isinstance(version, bool) or version not in (1, FORMAT):
+        raise ValueError(
+            f"averager state has format {shown(version)}; this lagless reads 1 to {FORMAT}. Update lagless."
+        )
+    given, own = mapping("meta.rules", plain("meta.rules", entry_of(meta, "rules", "meta"))), wanted["rules"]
+    records = all(isinstance(record, Mapping) for record in given.values())
+    if not records or given.keys() != own.keys() or not all(same_rule(given[name], own[name]) for name in own):
+        raise ValueError(
+            f"averager state was made with rules {given}, this Averager has {own}. "
+            "Make the Averager with the same rules and names, or start new averages."
+        )
+    start = plain("meta.start", entry_of(meta, "start", "meta"))
+    if _fingerprint(None if start is None else mapping("meta.start", start)) != _fingerprint(wanted["start"]):
+        raise ValueError(
+            f"averager state was made with start={meta['start']}, this Averager has start={wanted['start']}. "
+            "Give the same base checkpoint."
+        )
+    step = count("meta.step", entry_of(meta, "step", "meta"))
+    seed = count("meta.seed", entry_of(meta, "seed", "meta"), most=None)
+    last = ticks(entry_of(meta, "last", "meta"), rules, step)
+    theirs = buffer_names(
+        entry_of(meta, "buffers", "meta"), {rule: plain_entries(names) for rule, names in wanted["buffers"].items()}
+    )
+    ours = {other: own for own, other in theirs.items()}
+    announced = low_entries(meta["buffers"], theirs)
 
     need = {n: t for n, t in need.items() if not _is_low(n)}
     given_low = {n: t for n, t in have.items() if _is_low(n)}
@@ -136,7 +159,7 @@ def match(state: State, expected: State) -> tuple[dict[str, Tensor], set[str]]:
     found: dict[str, Tensor] = {}
     for name, tensor in given_low.items():
         buffer, parameter = name.split("/", 1)
-        own = f"{ours.get(buffer.removesuffix(_LOW))}/{parameter}"
+        own = f"{ours.get(buffer.removesuffix(LOW))}/{parameter}"
         if own not in need or need[own].dtype != torch.float32:
             raise ValueError(
                 f"averager state: {name} belongs to no float32 average of this Averager. Use the same model."
@@ -151,38 +174,30 @@ def match(state: State, expected: State) -> tuple[dict[str, Tensor], set[str]]:
             and low_name(name) not in found
         ):
             raise ValueError(f"averager state: {low_name(name)} is missing. Use a state that was saved as a whole.")
-    return matched | found, announced | {buffer.removesuffix(_LOW) for buffer in with_bits}
+    with_low = announced | {buffer.removesuffix(LOW) for buffer in with_bits}
+    return Matched(step, seed, last, matched | found, with_low)
 
 
 def low_name(name: str) -> str:
     """Return the name of the low bits of the tensor ``name``."""
     buffer, parameter = name.split("/", 1)
-    return f"{buffer}{_LOW}/{parameter}"
+    return f"{buffer}{LOW}/{parameter}"
 
 
 def buffer_with_low(name: str) -> str:
     """Return the buffer of which ``name`` are the low bits."""
-    return name.split("/", 1)[0].removesuffix(_LOW)
+    return name.split("/", 1)[0].removesuffix(LOW)
 
 
 def live_digests(state: State) -> dict[str, str]:
     """Return the digests of the live weights that ``state`` was saved beside, by name; empty if it has none."""
-    entries = [entry for entries in state["meta"]["buffers"].values() for entry in entries if entry.startswith(_LIVE)]
-    pairs = (entry.removeprefix(_LIVE).partition("/") for entry in entries)
+    entries = [entry for entries in state["meta"]["buffers"].values() for entry in entries if entry.startswith(LIVE)]
+    pairs = (entry.removeprefix(LIVE).partition("/") for entry in entries)
     return {name: digest for digest, _, name in pairs}
 
 
-def _plain(entries: Sequence[str]) -> list[str]:
-    """The names of buffers in a list of all that a state says of a rule's."""
-    return [entry for entry in entries if not entry.startswith(_LIVE) and not entry.endswith(_LOW)]
-
-
-def _says_low(entry: str) -> bool:
-    return entry.endswith(_LOW) and not entry.startswith(_LIVE)
-
-
 def _is_low(name: str) -> bool:
-    return name.split("/", 1)[0].endswith(_LOW)
+    return name.split("/", 1)[0].endswith(LOW)
 
 
 def _fingerprint(start: Mapping[str, Any] | None) -> Any:

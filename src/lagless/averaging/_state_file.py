@@ -65,6 +65,10 @@ def load_file(path: str | PathLike[str]) -> State:
             meta = written.get(_KEY)
             if meta is None:
                 raise ValueError(f"{path} is not an Averager's state; give the file that Averager.save wrote.")
-            return {"tensors": {name: file.get_tensor(name) for name in file.keys()}, "meta": json.loads(meta)}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); use an earlier checkpoint.") from error
+    try:
+        return {"tensors": tensors, "meta": json.loads(meta)}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its metadata is no JSON ({error}); use an earlier checkpoint.") from error
