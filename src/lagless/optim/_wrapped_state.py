@@ -26,7 +26,7 @@ _PRIMES: tuple[int, ...] = (
     17,
     19,
 )  # sizes of the tried parameter's dimensions, by which its entries' are told
-_DEVICES = {"capturable": False, "fused": None, "foreach": None, "differentiable": False}
+_ELSEWHERE = {"capturable": False, "fused": None, "foreach": None}  # what a CPU may refuse and an accelerator takes
 
 
 class Kept(NamedTuple):
@@ -87,7 +87,7 @@ def check_settings(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
     if isinstance(optimizer, BiasCorrected):
         checked_settings(optimizer, dict(group))
     elif _is_torchs_own(optimizer):
-        _made(optimizer, group, torch.zeros(1, 1))
+        _made(optimizer, {**group, **_ELSEWHERE}, torch.zeros(1, 1))
 
 
 def _alike(own: Any, given: Any) -> bool:
@@ -110,7 +110,7 @@ def _made(optimizer: Optimizer, group: Mapping[str, Any], weights: Tensor) -> Op
     """Return an optimizer of the same kind and settings, on the CPU."""
     kind = type(optimizer)
     known = inspect.signature(kind).parameters.keys() - {"params"}
-    settings = {name: value for name, value in {**group, **_DEVICES}.items() if name in known}
+    settings = {name: value for name, value in group.items() if name in known}
     try:
         return kind([torch.nn.Parameter(weights)], **settings)
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
@@ -120,16 +120,22 @@ def _made(optimizer: Optimizer, group: Mapping[str, Any], weights: Tensor) -> Op
 def _tried(
     optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, dtype: torch.dtype
 ) -> dict[str, Any] | None:
-    """Return the state after a step on a small parameter; None where it cannot be had."""
+    """Return the state after a step on a small parameter on the CPU; None where it cannot be had there."""
     if parameter.dim() > len(_PRIMES):
         return None
-    tried = _made(optimizer, group, torch.ones(_PRIMES[: parameter.dim()], dtype=dtype))
+    on_cpu = parameter.device.type == "cpu"
+    settings = group if on_cpu else {**group, **_ELSEWHERE}
+    tried = _made(optimizer, settings, torch.ones(_PRIMES[: parameter.dim()], dtype=dtype))
     (weights,) = tried.param_groups[0]["params"]
     weights.grad = torch.ones_like(weights)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tried.step()
-    except RuntimeError:  # no kernel for these weights on the CPU
-        return None
+    except (RuntimeError, AssertionError) as error:
+        if on_cpu:
+            raise ValueError(
+                f"{type(optimizer).__name__} cannot step with the settings of a group of the state: {error}"
+            ) from error
+        return None  # no kernel for these weights on the CPU
     return dict(tried.state[weights])
