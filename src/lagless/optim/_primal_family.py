@@ -35,7 +35,7 @@ def schedule_free(
         Defazio et al. (2024), *The Road Less Scheduled*, arXiv 2405.15682, Eq. 3-5, Algorithm 1; package schedulefree.
     """
     for group in optimizer.param_groups:
-        momentum = group.get("momentum", 0.0) or group.get("betas", (0.0,))[0]
+        momentum = group.get("momentum") or group.get("beta1") or (group.get("betas") or (0.0,))[0]
         if momentum:
             warnings.warn(
                 f"schedule_free around {type(optimizer).__name__} with momentum {momentum}: it equals Schedule-Free "
