@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import schedulefree
 import torch
@@ -243,6 +246,56 @@ def test_optimizers_that_cannot_be_wrapped():
 def test_schedule_free_warns_of_momentum(base):
     with pytest.warns(UserWarning, match="momentum"):
         schedule_free(base([start()]))
+
+
+def test_schedule_free_looks_at_every_group_and_at_other_names_of_momentum():
+    base = torch.optim.SGD([{"params": [start()]}, {"params": [start()], "momentum": 0.5}], lr=0.1)
+    with pytest.warns(UserWarning, match="momentum 0.5"):
+        schedule_free(base)
+    base = torch.optim.SGD([start()], lr=0.1)
+    base.param_groups[0]["beta1"] = 0.9  # as in Adafactor of transformers, whose default is None
+    with pytest.warns(UserWarning, match="momentum 0.9"):
+        schedule_free(base)
+    base = torch.optim.SGD([start()], lr=0.1)
+    base.param_groups[0] |= {"beta1": None, "betas": None}
+    schedule_free(base)  # warns of nothing
+
+
+@pytest.mark.parametrize(
+    "name, value, scheduled",
+    [
+        ("interpolation", 1.5, False),
+        ("interpolation", 1.5, True),
+        ("interpolation", math.nan, True),
+        ("pull", -1.0, False),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_anything_changes(name, value, scheduled):
+    schedule = (lambda t: 0.7 if t < 4 else value) if scheduled else 0.7
+    weights = [start(), start()]
+    groups = [{"params": [weight]} for weight in weights]
+    optimizer = PrimalAveraging(torch.optim.SGD(groups, lr=0.1, momentum=0.5), EMA(decay=0.5), interpolation=schedule)
+
+    def step():
+        for weight in weights:
+            weight.grad = weight.detach().clone()
+        optimizer.step()
+
+    for _ in range(2):
+        step()
+    if not scheduled:
+        optimizer.param_groups[1][name] = value
+    before = [weight.detach().clone() for weight in weights]
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(ValueError, match=f"PrimalAveraging: {name}={value}"):
+        step()
+    assert all(map(torch.equal, weights, before))
+    for index, entries in optimizer.state_dict()["state"].items():
+        for key, entry in entries.items():
+            same = (
+                torch.equal(entry, state[index][key]) if isinstance(entry, torch.Tensor) else entry == state[index][key]
+            )
+            assert same, key
 
 
 def test_warmup_average_without_warmup_is_the_mean_of_all_but_the_start():

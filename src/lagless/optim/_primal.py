@@ -185,6 +185,7 @@ class PrimalAveraging(WrappingOptimizer):
         """Put z into the parameters, let the optimizer step it, and put y there again."""
         # Optimizers make their state when a parameter has none, so what is new goes there after their step only.
         entries = {p: self._entries(p, group) for group, parameters in due for p in parameters}
+        self._check_ahead(due, entries)
         for group, parameters in due:
             self._put_z(group, parameters, entries)
         widened = Widened({p: held["z"] for p, held in entries.items() if _is_narrow(p)})
@@ -198,6 +199,14 @@ class PrimalAveraging(WrappingOptimizer):
                 self._put_y(group, parameters, entries, stepped)
         for parameter, held in entries.items():
             self.state[parameter].update(held)
+
+    def _check_ahead(self, due: Sequence[tuple[dict[str, Any], list[Tensor]]], entries: Entries) -> None:
+        """Require the settings of a step, and m after it, to be in range before anything has changed."""
+        for group, parameters in due:
+            self._check(group)
+            if self._schedule is not None:
+                for step in {int(entries[p][self.step_key]) + 2 for p in parameters}:
+                    self._check({**group, "interpolation": _number(self._schedule(step))})
 
     def _check(self, group: dict[str, Any]) -> None:
         check = Settings(self, group)
