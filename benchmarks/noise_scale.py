@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--microbatches", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=4, help="sequences per microbatch")
+    parser.add_argument("--batch", type=int, default=8, help="sequences per microbatch")
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
     arguments = parser.parse_args()
 
