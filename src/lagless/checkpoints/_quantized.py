@@ -242,7 +242,7 @@ class _CodedReader:
     def _blocks(self, first: int, count: int) -> Tensor:
         """The block in which each of ``count`` elements from ``first`` on lies."""
         shape, sizes = self._place.info.shape, self._place.sizes
-        index = torch.arange(first, first + count)
+        index = torch.arange(first, first + count, dtype=torch.int64)
         block, stride = torch.zeros(count, dtype=torch.int64), 1
         for size, step in zip(reversed(shape), reversed(sizes), strict=True):
             block += (index % size) // step * stride

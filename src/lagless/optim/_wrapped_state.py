@@ -87,7 +87,7 @@ def check_settings(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
     if isinstance(optimizer, BiasCorrected):
         checked_settings(optimizer, dict(group))
     elif _is_torchs_own(optimizer):
-        _made(optimizer, {**group, **_ELSEWHERE}, torch.zeros(1, 1))
+        _made(optimizer, {**group, **_ELSEWHERE}, torch.zeros(1, 1, dtype=torch.float32))
 
 
 def _alike(own: Any, given: Any) -> bool:

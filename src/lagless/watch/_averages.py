@@ -46,7 +46,7 @@ from lagless.watch._snapshot import Snapshot
 from lagless.watch._store import BufferFile, BufferLayout, Store
 
 _WORKERS = 8
-_NONE = torch.empty(0)
+_NONE = torch.empty(0, dtype=torch.float32)
 
 
 class NonFiniteError(CheckpointError):
