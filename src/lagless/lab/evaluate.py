@@ -186,8 +186,9 @@ def _loss_sequences(plan: EvaluationPlan, tokenizer: Any, run: Path | None) -> S
     tokens = torch.zeros(len(found), max(len(ids) for ids, _ in found), dtype=torch.long)
     labels = torch.full_like(tokens, IGNORED)
     for row, (ids, counted) in enumerate(found):
-        tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        labels[row, : len(ids)] = torch.where(torch.tensor(counted, dtype=torch.bool), torch.tensor(ids, dtype=torch.int64), IGNORED)
+        own = torch.tensor(ids, dtype=torch.int64)
+        tokens[row, : len(ids)] = own
+        labels[row, : len(ids)] = torch.where(torch.tensor(counted, dtype=torch.bool), own, IGNORED)
     return Sequences(tokens, labels)
 
 

@@ -47,7 +47,7 @@ def validate_again(trainer: Trainer, prefix: str, facts: Mapping[str, float] | N
     set_validation_loop(trainer, again)
     trainer.callbacks = [trainer.progress_bar_callback] if trainer.progress_bar_callback else []
     trainer.loggers = [DummyLogger() for _ in loggers]
-    known = {name: torch.tensor(value, dtype=torch.float64) for name, value in (facts or {}).items()}
+    known = {name: torch.tensor(value, dtype=torch.float32) for name, value in (facts or {}).items()}
     try:
         with isolate_rng():
             logged = dict(ChainMap(*again.run())) | known
