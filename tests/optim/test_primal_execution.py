@@ -10,7 +10,7 @@ from torch import nn
 from lagless import BEMA, EMA, UniformAverage
 from lagless.execution import _primal_c
 from lagless.execution._compiled import KERNEL_SMALLEST
-from lagless.optim import PrimalAveraging, _primal_one_pass
+from lagless.optim import PrimalAveraging, _primal_one_pass, gpa, schedule_free
 from lagless.optim._average_step import average_step
 from lagless.testing import OPTIMIZER_CHECKS
 from lagless.updates import PrimalConstants, primal_adamw
@@ -185,6 +185,23 @@ def test_some_in_one_pass_and_others_not(calls, in_c):
 @pytest.mark.parametrize("check", OPTIMIZER_CHECKS, ids=lambda check: check.__name__)
 def test_conformance(check):
     check(lambda params: make(params, "plain", compile=True))
+
+
+@pytest.mark.parametrize(
+    "member",
+    [lambda base, **s: schedule_free(base, warmup_steps=2, **s), lambda base, **s: gpa(base, decay=0.8, **s)],
+    ids=["schedule_free", "gpa"],
+)
+def test_members_of_the_family_go_in_one_pass(member, calls, in_c):
+    results = []
+    for compile in (True, False):
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+        optimizer = member(torch.optim.AdamW(weights, lr=0.05, betas=(0.0, 0.9)), compile=compile)
+        run(optimizer, weights, 5)
+        results.append([w.detach() for w in weights])
+    torch.testing.assert_close(*results, rtol=3e-6, atol=3e-6)
+    assert calls == [len(SHAPES)] * 4
 
 
 def test_memory_is_z_y_m_v_only():

@@ -16,6 +16,7 @@ def schedule_free(
     interpolation: Interpolation = 0.9,
     warmup_steps: int = 0,
     weight_decay_at_y: float = 0.0,
+    compile: bool = False,
 ) -> PrimalAveraging:
     """Return Schedule-Free training around an optimizer without momentum.
 
@@ -27,6 +28,7 @@ def schedule_free(
         interpolation: m, β₁ of the paper, in [0, 1].
         warmup_steps: W ≥ 0, steps over which a scheduler of yours raises the learning rate linearly.
         weight_decay_at_y: λ ≥ 0, decoupled weight decay taken at y, as in the authors' package.
+        compile: as for :class:`PrimalAveraging`.
 
     Warns:
         UserWarning: if the optimizer has momentum; this is another method then.
@@ -49,10 +51,11 @@ def schedule_free(
         WarmupAverage(warmup_steps=warmup_steps),
         interpolation=interpolation,
         weight_decay_at_y=weight_decay_at_y,
+        compile=compile,
     )
 
 
-def gpa(optimizer: Optimizer, *, decay: float, interpolation: float = 0.9) -> PrimalAveraging:
+def gpa(optimizer: Optimizer, *, decay: float, interpolation: float = 0.9, compile: bool = False) -> PrimalAveraging:
     """Return generalized primal averaging: x is an EMA of z with a decay of its own.
 
     Args:
@@ -60,11 +63,12 @@ def gpa(optimizer: Optimizer, *, decay: float, interpolation: float = 0.9) -> Pr
         decay: μ_x in [0, 1), for x ← μ_x x + (1 - μ_x) z. The paper matches Lookahead-like averaging over H steps by
             μ_x = μ^(1/H).
         interpolation: μ_y in [0, 1], the share of x in y.
+        compile: as for :class:`PrimalAveraging`.
 
     Reference:
         Defazio et al. (2025), *Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs*, arXiv 2512.17131.
     """
-    return PrimalAveraging(optimizer, EMA(decay=decay), interpolation=interpolation)
+    return PrimalAveraging(optimizer, EMA(decay=decay), interpolation=interpolation, compile=compile)
 
 
 def lookahead(optimizer: Optimizer, *, steps: int = 5, alpha: float = 0.5) -> PrimalAveraging:

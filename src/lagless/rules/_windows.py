@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from lagless._validation import check_integer, check_number
+from lagless._validation import check_integer, check_number, require_number
 from lagless.rules._clock import Tick
 from lagless.rules._gains import Gain, ProfileGain, UniformGain
 from lagless.rules._rule import EmaBuffer, ReadCoefficients, Rule, SnapshotBuffer, UpdateCoefficients, lerp
@@ -102,6 +102,9 @@ class PowerEMA(Rule):
         return ReadCoefficients((1.0,), 0.0)
 
 
+_MOST_SNAPSHOTS = 4096  # more, as a damaged file may ask for, would be worked on for hours before memory ends
+
+
 @dataclass(frozen=True, kw_only=True)
 class WindowAverage(Rule):
     """The plain mean of the last ``window`` snapshots (LAWA); of all of them while there are fewer. θ_0 is not one of
@@ -110,7 +113,8 @@ class WindowAverage(Rule):
     Each snapshot is a copy of the parameters: memory is ``window`` copies.
 
     Args:
-        window: N ≥ 1 snapshots.
+        window: N snapshots, 1 to 4,096; means of more are those of :class:`UniformAverage` and :class:`EMA`, which hold
+            one copy.
         update_after: τ ≥ 0, burn-in in optimizer steps.
         update_freq: φ ≥ 1 optimizer steps from one snapshot to the next.
 
@@ -128,6 +132,7 @@ class WindowAverage(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer(self, "window", minimum=1)
+        require_number("WindowAverage: window", self.window, maximum=_MOST_SNAPSHOTS)
 
     @property
     def buffer_keys(self) -> tuple[Hashable, ...]:
