@@ -68,6 +68,22 @@ def test_verdicts_on_known_effects():
     assert findings[0].difference.n == 5
 
 
+def test_differences_below_the_floor_do_not_matter():
+    claims = [claim.model_copy(update={"floor": 0.5}) for claim in study().claims]
+    assert {finding.verdict for finding in compare(study(claims=claims))} == {Verdict.TOO_SMALL}
+    with pytest.raises(ValueError, match="floor"):
+        Claim(text="x", source="ours", method="a", baseline="b", score="s", claimed=-1, floor=-1.0)
+
+
+def test_a_choice_at_the_edge_is_marked(tmp_path):
+    assert [finding.method.at_edge for finding in compare(study())] == [()] * 3  # 0.5 is in the middle
+    claims = [claim.model_copy(update={"selected_by": "test/loss"}) for claim in study().claims]
+    for finding in compare(study(claims=claims)):  # chosen there, 0.2 is at the end; eta has one value
+        assert finding.method.at_edge == finding.baseline.at_edge == ("kappa",)
+    write_reports([study(claims=claims)], tmp_path)
+    assert "best of 3, at the edge in kappa" in (tmp_path / "toy.md").read_text("utf-8")
+
+
 def test_settings_are_chosen_by_the_validation_score_alone():
     for finding in compare(study()):
         assert finding.method.setting["kappa"] == finding.baseline.setting["kappa"] == 0.5

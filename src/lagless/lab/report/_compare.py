@@ -10,7 +10,7 @@ from types import MappingProxyType
 import numpy as np
 
 from lagless.lab.report._study import Claim, Run, Setting, Study, Value
-from lagless.lab.statistics import Mean, Verdict, holm, paired_difference, verdict
+from lagless.lab.statistics import Mean, Verdict, edges, holm, paired_difference, verdict
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,15 @@ class Side:
         scores: seed → the compared score.
         budget: how many settings there were to choose from.
         diverged: how many of them diverged on a seed, and could not be chosen.
+        at_edge: numeric hyperparameters that were chosen from three values or more and sit at an end, where a wider
+            grid may have had a better one. 0 is no edge.
     """
 
     setting: Setting
     scores: dict[int, float]
     budget: int
     diverged: int
+    at_edge: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def compare(study: Study) -> list[Finding]:
     differences = [paired_difference(method.scores, baseline.scores) for method, baseline in pairs]
     corrected = holm([difference.p_value for difference in differences])
     return [
-        Finding(claim, *pair, difference, p, verdict(difference, claimed=claim.claimed, p_value=p))
+        Finding(claim, *pair, difference, p, verdict(difference, claimed=claim.claimed, p_value=p, floor=claim.floor))
         for claim, pair, difference, p in zip(study.claims, pairs, differences, corrected, strict=True)
     ]
 
@@ -128,7 +131,19 @@ def _baseline_at(claim: Claim) -> Setting:
 def _side(study: Study, claim: Claim, method: str, at: Setting) -> Side:
     chosen, candidates = _choice(study, claim, method, at)
     diverged = sum(any(run.scores is None for run in group) for group in candidates)
-    return Side(chosen[0].setting, {r.seed: score_of(r, claim.score) for r in chosen}, len(candidates), diverged)
+    scores = {r.seed: score_of(r, claim.score) for r in chosen}
+    return Side(chosen[0].setting, scores, len(candidates), diverged, _edges(chosen[0].setting, candidates))
+
+
+def _edges(setting: Setting, candidates: Sequence[list[Run]]) -> tuple[str, ...]:
+    tried: dict[str, set[float]] = {}
+    for group in candidates:
+        for axis, value in group[0].setting.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                tried.setdefault(axis, set()).add(value)
+    grid = {axis: sorted(values) for axis, values in tried.items() if len(values) > 2 and setting.get(axis) in values}
+    chosen = {axis: value for axis, value in setting.items() if isinstance(value, int | float)}
+    return tuple(edges(chosen, grid, dict.fromkeys(grid, (0.0,))))
 
 
 def _choice(study: Study, claim: Claim, method: str, at: Setting) -> tuple[list[Run], list[list[Run]]]:

@@ -136,7 +136,8 @@ def _cells(finding: Finding) -> tuple[str, ...]:
 def _side(method: str, side: Side) -> str:
     chosen = f"{method}{_words(side.setting)}"
     among = f", best of {side.budget}" if side.budget > 1 else ""
-    return chosen + among + (f" ({side.diverged} diverged)" if side.diverged else "")
+    edge = f", at the edge in {' and '.join(side.at_edge)}" if side.at_edge else ""
+    return chosen + among + edge + (f" ({side.diverged} diverged)" if side.diverged else "")
 
 
 def _words(setting: Setting) -> str:

@@ -60,6 +60,7 @@ class Claim(_Record):
         default=None, description="score by which each side's setting is chosen (smallest mean over seeds); null: `at`"
     )
     maximize: bool = Field(default=False, description="choose the largest instead of the smallest `selected_by`")
+    floor: float = Field(default=0.0, ge=0, description="smallest difference of the score worth naming; 0 names all")
     at: Setting = Field(default={}, description="hyperparameters held fixed on both sides")
     baseline_at: Setting | None = Field(default=None, description="on the baseline's side, in place of `at`")
 
