@@ -118,6 +118,7 @@ def watch_command(
             watch.sinks.append(writer)
         if serve:
             page = stack.enter_context(_page(lambda: view.data(watch), lambda: view.version(watch), port))
+            watch.sinks.append(page.changed)
             out.print(f"page: {page.url}", highlight=False, markup=False)
         if out.is_terminal:
             table = stack.enter_context(Table(out))
@@ -185,7 +186,7 @@ def _print(row: dict[str, Any]) -> None:
     if "text" in row:
         text = f"step {row['step']}: {row['text']}" if "step" in row else row["text"]
     elif "loss" in row:
-        text = f"step {row['step']}: {row['name']} has a loss of {row['loss']}"
+        text = f"step {row['step']}: {row['name']} has a loss of {row['loss']:.4f}"
     else:
         return
     out.print(text, highlight=False, markup=False, soft_wrap=True)

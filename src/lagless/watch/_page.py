@@ -13,6 +13,7 @@ from lagless.checkpoints import CheckpointError
 
 _TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'"
+_HOLD = 5.0  # seconds that a request waits for news, so that an open page costs little
 _HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -31,7 +32,15 @@ class Page:
     """
 
     def __init__(self, data: Callable[[], dict[str, Any]], version: Callable[[], str], port: int = 0) -> None:
-        handler = type("Handler", (_Handler,), {"data": staticmethod(data), "version": staticmethod(version)})
+        self._changed, self._closed = threading.Condition(), False
+
+        def newer(seen: str) -> bool:
+            """Wait until there is something else than ``seen`` to show; False after a while."""
+            with self._changed:
+                return self._changed.wait_for(lambda: self._closed or version() != seen, _HOLD)
+
+        members = {"data": staticmethod(data), "newer": staticmethod(newer)}
+        handler = type("Handler", (_Handler,), members)
         try:
             self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         except OSError as error:
@@ -41,14 +50,22 @@ class Page:
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/"
         self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.2,), name="lagless-page", daemon=True
+            target=self._server.serve_forever, args=(0.5,), name="lagless-page", daemon=True
         )
+
+    def changed(self, row: dict[str, Any]) -> None:
+        """Let pages that wait look again; a sink of a watch."""
+        with self._changed:
+            self._changed.notify_all()
 
     def __enter__(self) -> Page:
         self._thread.start()
         return self
 
     def __exit__(self, *details: object) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         if self._thread.is_alive():
             self._server.shutdown()
             self._server.server_close()
@@ -57,7 +74,7 @@ class Page:
 
 class _Handler(BaseHTTPRequestHandler):
     data: Callable[[], dict[str, Any]]
-    version: Callable[[], str]
+    newer: Callable[[str], bool]
 
     def do_GET(self) -> None:
         # Another site's page could reach this machine under a name of its own that leads here.
@@ -67,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         path, _, query = self.path.partition("?")
         if path == "/data.json":
-            if query == f"version={self.version()}":
+            if query.startswith("version=") and not self.newer(query.removeprefix("version=")):
                 self._send(204, "application/json", b"")
             else:
                 self._send(200, "application/json", json.dumps(self.data(), allow_nan=False).encode())

@@ -4,7 +4,7 @@ const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9"
 const DASHES = ["", "7 4", "2 3", "10 3 2 3", "4 2", "12 4", "1 3"];
 const SVG = "http://www.w3.org/2000/svg";
 const QUIET = ["absorbed", "touched", "note"];
-let version = -1, missed = 0;
+let version = -1, missed = 0, latest = null;
 
 const byId = (id) => document.getElementById(id);
 function element(tag, text, attributes = {}) {
@@ -151,6 +151,7 @@ async function look() {
     if (answer.status === 200) {
       const data = await answer.json();
       version = data.version;
+      latest = data;
       show(data);
     }
     if (missed) byId("status").classList.remove("away");
@@ -159,7 +160,7 @@ async function look() {
     missed += 1;
     if (missed === 2) { byId("status").textContent = "the watch has ended, or cannot be reached; this is what it said last"; byId("status").classList.add("away"); version = -1; }
   }
-  setTimeout(look, missed > 5 ? 5000 : 1000);
+  setTimeout(look, missed > 5 ? 5000 : missed ? 1000 : 250); // the server answers when there is news
 }
-window.matchMedia("(max-width: 720px)").addEventListener("change", () => { version = -1; });
+window.matchMedia("(max-width: 720px)").addEventListener("change", () => { if (latest) show(latest); });
 look();
