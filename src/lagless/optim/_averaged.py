@@ -264,7 +264,8 @@ class AveragedOptimizer(Optimizer):
         parameters that hold the average get their live weights back, and weights that were loaded meanwhile stay. Save
         model and optimizer without switching in between: what a model file holds cannot be told from a state.
 
-        Settings that a group of an earlier version lacks stay as they are here.
+        Settings that a group of an earlier version lacks stay as they are here. As with every optimizer of torch,
+        nothing in a state tells beside which parameters it was saved: restore the model of the same step.
 
         Raises:
             ValueError: if the state is another optimizer's, lacks what the average needs, has settings that are out of
