@@ -50,7 +50,7 @@ def test_former_names_of_objects(module):
 
 def test_former_methods_of_the_averager():
     weights = {"w": torch.ones(2)}
-    averager = Averager(weights, EMA(decay=0.5))
+    averager = Averager(weights, EMA(decay=0.1))
     averager.update()
     with pytest.warns(DeprecationWarning, match="named_averages"):
         assert [name for name, _ in averager.items()] == ["w"]
