@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.integrations.hf.conftest import COMPILES_LAYERS
 from transformers import AutoTokenizer
 
 from lagless import BEMA, EMA, trajectory_weights
@@ -107,7 +108,7 @@ def test_the_merged_update_is_exact_where_the_rank_allows_it(hf, tmp_path, rule)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # within torch.compile
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILES_LAYERS)])
 def test_the_best_adapter_can_be_a_merged_average(hf, tmp_path, compiled):
     best = {"metric_for_best_model": "eval_bema_loss", "load_best_model_at_end": True}
     recorder, callback = hf.recorder(), AveragingCallback(RULES, merged_lora=True)

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.integrations.hf.conftest import COMPILES_LAYERS
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -171,7 +172,7 @@ def test_a_model_made_anew_for_each_training(hf, tmp_path):
 @pytest.mark.parametrize(
     "level, wrap",
     [
-        ("_orig_mod", lambda layer: torch.compile(layer, backend="eager")),
+        pytest.param("_orig_mod", lambda layer: torch.compile(layer, backend="eager"), marks=COMPILES_LAYERS),
         ("_checkpoint_wrapped_module", checkpoint_wrapper),
     ],
 )
