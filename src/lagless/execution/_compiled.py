@@ -29,7 +29,7 @@ def flat(tensor: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as one tensor, so that new values need no new kernel; all that step with them share the copy."""
-    given = torch.tensor(numbers, dtype=torch.float64).to(dtype)
+    given = torch.tensor(numbers, dtype=dtype)
     if device.type == "cuda":
         # From pinned memory, the host need not wait for what the device is doing.
         return given.pin_memory().to(device, non_blocking=True)

@@ -22,6 +22,7 @@ from lagless.execution import (
     fits_pace_c,
     foreach_add_,
     local,
+    on_device,
     pace_step_c,
     without_autocast,
 )
@@ -143,8 +144,16 @@ class PACE(AveragedOptimizer):
         Raises:
             ValueError: if a setting is out of range.
         """
-        self._check({**self.defaults, **param_group})
+        group = {**self.defaults, **param_group}
+        self._check(group)
         super().add_param_group(param_group)
+        lr, elsewhere = group["lr"], [p.device for p in self.param_groups[-1]["params"] if p.device.type != "cpu"]
+        if group["capturable"] and isinstance(lr, Tensor) and lr.device.type == "cpu" and elsewhere:
+            del self.param_groups[-1]
+            raise ValueError(
+                f"{type(self).__name__}: lr is a tensor on the CPU, whose later values a captured graph would not see; "
+                f"with capturable=True give lr.to({str(elsewhere[0])!r})."
+            )
 
     def _check(self, group: dict[str, Any]) -> None:
         check = Settings(self, group)
@@ -275,7 +284,7 @@ def _step_whole(rows: list[Row], k: PaceConstants, step: int) -> list[Row]:
         pace_step_c([PaceRow(*row) for row in whole], k)
     if large:
         device = large[0][0].device
-        constants = torch.tensor((*k, step), dtype=exact_dtype(device)).to(device, non_blocking=True)
+        constants = on_device((*k, step), exact_dtype(device), device)
         for row in large:
             step_in_one_kernel(row, constants)
     return others

@@ -20,6 +20,7 @@ from lagless.execution import (
     fits_primal_c,
     flat,
     local,
+    on_device,
     primal_step_c,
 )
 from lagless.optim._average_step import average_step
@@ -73,7 +74,7 @@ def step_in_one_pass(
         if in_c:
             primal_step_c([rows[p] for p in in_c], k)
         if large:
-            numbers = torch.tensor(k, dtype=exact_dtype(device)).to(device, non_blocking=True)
+            numbers = on_device(tuple(k), exact_dtype(device), device)
             for p in large:
                 compiled(_one_pass)(*map(flat, rows[p]), numbers.to(p.dtype))
                 increment_version(rows[p].weights)  # autograd notices changed weights only through tensors it knows
