@@ -29,6 +29,7 @@ from lagless.checkpoints._model_card import (
     is_hub_name as is_hub_name,
     model_card as model_card,
 )
+from lagless.checkpoints._models import Models as Models, find_models as find_models
 from lagless.checkpoints._open import holds_weights as holds_weights, open_checkpoint as open_checkpoint
 from lagless.checkpoints._paths import StrPath as StrPath, absolute_path as absolute_path
 from lagless.checkpoints._permissions import Permissions as Permissions, permissions_of as permissions_of

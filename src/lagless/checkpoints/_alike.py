@@ -8,7 +8,7 @@ from lagless.checkpoints._checkpoint import Checkpoint
 from lagless.checkpoints._errors import CheckpointError
 from lagless.checkpoints._safetensors_format import TensorInfo
 
-_OTHER_RUN = "They are not checkpoints of one run: leave one out, or convert it."
+_APART = "They do not belong together: leave one out, or convert it."
 _RENAMED = (
     "If it is the model the run began with, another version of transformers named its tensors (fused experts, parts of "
     "vision models): load it with the version that trained, save it with save_pretrained, and give that folder."
@@ -36,12 +36,12 @@ def check_alike(checkpoints: Sequence[Checkpoint], start_given: bool = False) ->
         for name in sorted(other.tensors.keys() ^ last.tensors.keys()):
             has, lacks = (other, last) if name in other.tensors else (last, other)
             raise CheckpointError(
-                f"{lacks.path} has no tensor {name!r}, {has.path} has it ({has.tensors[name]}). {_OTHER_RUN}"
+                f"{lacks.path} has no tensor {name!r}, {has.path} has it ({has.tensors[name]}). {_APART}"
             )
         for name, info in other.tensors.items():
             if not _alike(info, last.tensors[name], start_given and position == 0):
                 raise CheckpointError(
-                    f"tensor {name!r} is {info} in {other.path}, but {last.tensors[name]} in {last.path}. {_OTHER_RUN}"
+                    f"tensor {name!r} is {info} in {other.path}, but {last.tensors[name]} in {last.path}. {_APART}"
                 )
 
 

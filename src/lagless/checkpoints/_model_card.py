@@ -87,13 +87,15 @@ def _library(folder: Path | None) -> tuple[str | None, str]:
 
 def _body(record: Mapping[str, Any]) -> Iterator[str]:
     name, rule, sources = record.get("name"), record.get("rule"), record.get("sources")
-    yield "# Average of a training run"
+    merged = isinstance(sources, Sequence) and all("step" not in source for source in sources)
+    yield "# Merge of models" if merged else "# Average of a training run"
     yield ""
     version = f"[lagless](https://pypi.org/project/lagless/) {record.get('lagless', '')}".strip()
     what = f"the average `{name}`" if name else "an average"
     kept = f" that {record['optimizer']} keeps" if record.get("optimizer") else ""
     if isinstance(sources, Sequence):
-        yield f"This model is {what} of {len(sources)} stored checkpoints of one run, made by {version}."
+        of = "models" if merged else "stored checkpoints of one run"
+        yield f"This model is {what} of {len(sources)} {of}, made by {version}."
     else:
         updates = f", after {record['updates']:,} updates" if isinstance(record.get("updates"), int) else ""
         yield (
@@ -118,14 +120,16 @@ def _body(record: Mapping[str, Any]) -> Iterator[str]:
         yield "|---|---|"
         for key, value in losses.items():
             yield f"| {key} | {value:.6g} |" if isinstance(value, float) else f"| {key} | {value} |"
-    if isinstance(sources, Sequence):
+    if merged:
+        yield from _merged(sources, record.get("groups"))
+    elif isinstance(sources, Sequence):
         yield from _sources(sources, record.get("equivalent_schedule"))
     elif isinstance(schedule := record.get("schedule"), Mapping):
         yield from _schedule(schedule)
     yield ""
     yield "## How to make it again"
     yield ""
-    yield from _again(rule, sources)
+    yield from _again(rule, sources, merged)
 
 
 def _sources(sources: Sequence[Mapping[str, Any]], schedule: Any) -> Iterator[str]:
@@ -149,6 +153,22 @@ def _sources(sources: Sequence[Mapping[str, Any]], schedule: Any) -> Iterator[st
         yield f"| {source.get('step')} | `{source.get('name')}` | {source.get('weight', 0.0):+.6f} | {factor} |"
 
 
+def _merged(sources: Sequence[Mapping[str, Any]], groups: Any) -> Iterator[str]:
+    yield ""
+    yield "## Models and weights"
+    yield ""
+    for name, pattern in groups.items() if isinstance(groups, Mapping) else ():
+        yield f"- {name}: tensors with `{pattern}` in their name"
+    names = list(dict.fromkeys(name for source in sources for name in source.get("weights", ())))
+    if names:
+        yield ""
+    yield f"| model | {' | '.join(names or ['weight'])} |"
+    yield f"|---|{'---:|' * max(1, len(names))}"
+    for source in sources:
+        weights = source.get("weights") or {"weight": source.get("weight", 0.0)}
+        yield f"| `{source.get('name')}` | {' | '.join(f'{weight:+.6f}' for weight in weights.values())} |"
+
+
 def _schedule(schedule: Mapping[str, float]) -> Iterator[str]:
     yield ""
     yield "## The schedule it equals"
@@ -161,9 +181,18 @@ def _schedule(schedule: Mapping[str, float]) -> Iterator[str]:
         yield f"| {step} | {factor:.4f} |"
 
 
-def _again(rule: Any, sources: Any) -> Iterator[str]:
+def _again(rule: Any, sources: Any, merged: bool) -> Iterator[str]:
     yield "`lagless.json` beside this file holds all numbers."
     yield ""
+    if merged:
+        yield "```python"
+        yield "import json"
+        yield "from lagless.posthoc import merge_models"
+        yield ""
+        yield 'record = json.load(open("lagless.json"))'
+        yield 'merge_models(MODELS, record["weights"], OUT, groups=record.get("groups"))'
+        yield "```"
+        return
     if isinstance(sources, Sequence):
         yield "```bash"
         yield "lagless average RUN --weights lagless.json -o OUT"

@@ -37,14 +37,19 @@ def check_one_run(checkpoints: Sequence[Checkpoint], steps: Sequence[int], start
     """
     own = checkpoints[1:] if start_given else checkpoints
     with reporting(own[-1].path):
-        _refuse_links(checkpoints)
+        refuse_links(checkpoints)
         check_settings(checkpoints if own[-1].is_adapter else own)
         for checkpoint in own:
             refuse_spare_weights(checkpoint)
         _check_order(own, steps[-len(own) :])
 
 
-def _refuse_links(checkpoints: Sequence[Checkpoint]) -> None:
+def refuse_links(checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse checkpoints that are the same files.
+
+    Raises:
+        CheckpointError: naming two.
+    """
     seen: dict[tuple[int, int], Checkpoint] = {}
     for checkpoint in checkpoints:
         for file in checkpoint.files:

@@ -8,6 +8,8 @@ from lagless.posthoc._average import (
     inspect_run as inspect_run,
 )
 from lagless.posthoc._combine import combine_checkpoints as combine_checkpoints
+from lagless.posthoc._groups import TensorGroups as TensorGroups
+from lagless.posthoc._merge import merge_models as merge_models
 from lagless.posthoc._notes import (
     decay_note as decay_note,
     factors_note as factors_note,
