@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lagless.checkpoints import CheckpointError, StrPath, Trajectory, find_checkpoints
+from lagless.checkpoints import Checkpoint, CheckpointError, StrPath, Trajectory, find_checkpoints
 from lagless.posthoc import Progress, combine_checkpoints
 from lagless.rules import Rule, trajectory_weights
 
@@ -77,7 +77,7 @@ def evaluate_averages(
     settings = list(_settings(trajectory, rules, at, live))
     if not settings:
         raise ValueError("rules: the mapping is empty; give at least one rule, or live=True.")
-    held = load_model(trajectory, device) if model is None else model.eval()
+    held = load_model(trajectory.checkpoints[-1], device) if model is None else model.eval()
     states = _averages(trajectory, np.array([weights for _, _, weights in settings]), memory, progress)
     for (name, step, weights), state in zip(settings, states, strict=True):
         load_weights(held, state)
@@ -85,16 +85,15 @@ def evaluate_averages(
 
 
 def load_model(
-    trajectory: Trajectory, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+    last: Checkpoint, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """The last checkpoint as ``transformers`` loads it, for :func:`load_weights` to fill.
+    """A checkpoint as ``transformers`` loads it, for :func:`load_weights` to fill.
 
     Raises:
         CheckpointError: for adapters.
     """
     from transformers import AutoModelForCausalLM
 
-    last = trajectory.checkpoints[-1]
     if last.is_adapter:
         raise CheckpointError(
             f"{last.path} is an adapter; only whole models are evaluated in memory. Write averages of adapters with "

@@ -244,7 +244,7 @@ def _of_run(
     if plan.backend == "vllm":
         yield from _stored(trajectory, evaluator, plan, named, trajectory.steps[-1:] if steps is None else steps)
         return
-    model = load_model(trajectory, plan.device, plan.torch_dtype)
+    model = load_model(trajectory.checkpoints[-1], plan.device, plan.torch_dtype)
     for found in evaluate_averages(trajectory, named, evaluator, at=steps, model=model):
         yield Row(found.name, found.step, found.result)
 

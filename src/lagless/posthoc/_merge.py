@@ -47,11 +47,11 @@ def merge_models(
     group: Any = None,
     remarks: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write Σ_i w_i θ_i of models of several runs as a model that ``from_pretrained`` loads, in one pass over the files.
+    """Write Σ_i w_i θ_i of models of several runs as a model that ``from_pretrained`` loads, reading every byte once.
 
-    This is the linear merge, or model soup, with one weight for each model, or one for each model and group of tensors. Tokenizer and configuration are the last
-    model's, as are integers and running statistics. ``lagless.json`` says which models were merged, by name and
-    fingerprint.
+    This is the linear merge, or model soup, with one weight for each model, or one for each model and group of tensors.
+    Tokenizer and configuration are the last model's, as are integers and running statistics. ``lagless.json`` says
+    which models were merged, by name and fingerprint.
 
     Args:
         models: as for :func:`lagless.checkpoints.find_models`, or what it found.
@@ -117,7 +117,7 @@ def _checked(weights: ArrayLike, models: Sequence[str], groups: Sequence[str]) -
             f"weights have shape {given.shape}; it must be {shape}: one for each of the models {', '.join(models)}"
             f"{by_group}."
         )
-    given = given.reshape(len(groups), len(models))
+    given = np.atleast_2d(given)
     for group, row in zip(groups, given, strict=True):
         if not (np.isfinite(row).all() and abs(row.sum() - 1.0) <= 1e-6):
             where = f" of group {group!r}" if len(groups) > 1 else ""
@@ -135,9 +135,10 @@ def _record(
 ) -> dict[str, Any]:
     from lagless._version import __version__
 
+    columns: list[list[float]] = np.transpose(weights).tolist()
     each: list[dict[str, Any]] = [
         {"weight": column[0]} if len(groups.names) == 1 else {"weights": dict(zip(groups.names, column, strict=True))}
-        for column in weights.T.tolist()
+        for column in columns
     ]
     return {
         "lagless": __version__,

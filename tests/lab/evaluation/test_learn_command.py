@@ -14,6 +14,8 @@ from lagless.lab.evaluation import held_out_documents, pad, sequence_losses
 from lagless.lab.learn import split_documents, text_documents
 from lagless.posthoc import combine_checkpoints
 
+from .conftest import build
+
 
 @pytest.fixture
 def lagless(monkeypatch, capsys):
@@ -67,6 +69,45 @@ def test_a_model_is_learned_written_and_reported(run, documents, tokenizer, tmp_
     assert record["learned"]["data"]["fit"]["targets"] == parts.fit.size
 
 
+def test_models_of_several_runs_are_merged(run, documents, tokenizer, tmp_path, lagless):
+    other = build(tokenizer, seed=0)
+    with torch.no_grad():
+        for tensor in other.parameters():
+            tensor.add_(0.002 * torch.randn_like(tensor))
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    models = [run / "checkpoint-50", tmp_path / "other", run]
+    code, printed, errors = lagless("learn", "--merge", *models, "--data", documents, "-o", tmp_path / "model", *SMALL)
+    assert code == 0, errors
+    assert "against best checkpoint" in printed and "checkpoint-60 +" in printed and "schedule" not in printed
+    record = json.loads((tmp_path / "model" / "lagless.json").read_text())
+    assert [source["name"] for source in record["sources"]] == ["checkpoint-50", "other", "checkpoint-60"]
+    (expected,) = combine_checkpoints([*models[:2], run / "checkpoint-60"], record["weights"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(model[name], tensor, rtol=1e-6, atol=1e-7)
+    assert record["learned"]["differences"].keys() == {"best checkpoint", "prior"}
+
+
+def test_groups_of_tensors_are_learned_and_written(run, documents, tokenizer, tmp_path, lagless):
+    given = ["--group", "embeddings=embed", "--group", "norms=norm", "--targets-per-weight", "50"]
+    code, printed, errors = lagless("learn", run, "--data", documents, "-o", tmp_path / "model", *SMALL, *given)
+    assert code == 0, errors
+    assert all(f"\n{name} " in printed for name in ("embeddings", "norms", "rest"))
+    record = json.loads((tmp_path / "model" / "lagless.json").read_text())
+    assert record["groups"] == {"embeddings": "embed", "norms": "norm"} and record["steps"] == list(range(0, 61, 10))
+    sums = combine_checkpoints(find_checkpoints(run).checkpoints, record["weights"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for name, tensor in model.state_dict().items():
+        if name in sums[0]:
+            expected = sums[0 if "embed" in name else 1 if "norm" in name else 2][name]
+            torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-7)
+    parts = split_documents(text_documents(str(documents), tokenizer, 48))
+    windows = [window for document in parts.report.documents for window in document.items]
+    measured = sequence_losses(model, pad(windows)).mean.value
+    assert measured == pytest.approx(record["learned"]["loss"]["value"], abs=1e-5)
+
+
 def test_a_loss_of_ones_own(run, documents, tmp_path, monkeypatch, lagless):
     (tmp_path / "my_losses.py").write_text(
         "import torch\n"
@@ -96,6 +137,11 @@ def test_a_loss_of_ones_own(run, documents, tmp_path, monkeypatch, lagless):
         (["--steps", "50,60"], "3 or more"),
         (["--ema-power", "0.5"], "without --prior"),
         (["--prior", "ema", "--decay", "2"], "decay"),
+        (["--group", "norms"], "NAME=REGEX"),
+        (["--group", "norms=nothing"], "finds no tensor"),
+        (["--group", "a=mlp", "--group", "a=norm"], "the same name"),
+        (["--merge"], "1 given"),
+        (["--merge", "--steps", "10,20"], "have no order"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(run, documents, tmp_path, lagless, more, message):

@@ -119,7 +119,7 @@ def test_the_report_is_paired_by_document_and_on_documents_of_its_own(quadratic,
     parts = found.parts
     names = [{d.content for d in part.documents} for part in (parts.fit, parts.choose, parts.report)]
     assert set.union(*names) == {d.content for d in quadratic.documents} and sum(map(len, names)) == 40
-    assert [c.role for c in found.comparisons] == ["live", "best checkpoint", "best rule", "prior"]
+    assert [c.role for c in found.comparisons] == ["live", "best checkpoint", "best rule", "best decay", "prior"]
     centres = np.array([d.items[0] for d in parts.report.documents])
     each = [
         0.5 * np.einsum("di,ij,dj->d", m, quadratic.hessian, m)

@@ -13,14 +13,15 @@ from lagless.lab.learn._documents import (
     split_documents as split_documents,
     text_documents as text_documents,
 )
-from lagless.lab.learn._learn import (
+from lagless.lab.learn._learn import learn as learn
+from lagless.lab.learn._learned import Comparison as Comparison, Learned as Learned
+from lagless.lab.learn._learner import (
     RIDGES as RIDGES,
     TARGETS_PER_WEIGHT as TARGETS_PER_WEIGHT,
     Learner as Learner,
-    learn as learn,
 )
-from lagless.lab.learn._learned import Comparison as Comparison, Learned as Learned
 from lagless.lab.learn._losses import ItemLoss as ItemLoss, cross_entropy as cross_entropy, load_loss as load_loss
 from lagless.lab.learn._modes import MODES as MODES, Mode as Mode, is_feasible as is_feasible
 from lagless.lab.learn._search import Evaluation as Evaluation, Setting as Setting
 from lagless.lab.learn._streamed import StreamedModel as StreamedModel
+from lagless.lab.learn._write import write_learned as write_learned

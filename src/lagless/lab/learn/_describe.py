@@ -8,12 +8,14 @@ from lagless.lab.learn._learned import Comparison, Learned
 from lagless.lab.statistics import LEVEL
 from lagless.rules import schedule_of
 
+_SHOWN = (("live", "best rule"), ("best checkpoint", "prior"))
+
 
 def conclusions(found: Learned) -> Iterator[str]:
     """Yield what a reader should take away, the most important first."""
     by_role = {comparison.role: comparison for comparison in found.comparisons}
     count = len(found.parts.report.documents)
-    shown = [_against(by_role[role]) for role in ("live", "best rule") if role in by_role]
+    shown = [_against(by_role[role]) for role in _SHOWN[found.steps is None] if role in by_role]
     yield f"learned weights: {', '.join(shown)}; on {count} documents that had no part in learning"
     if found.setting is None:
         yield "no weights that were tried beat the prior on the part that chooses: the prior is what is written"
@@ -32,7 +34,7 @@ def conclusions(found: Learned) -> Iterator[str]:
 
 def schedule_in_words(found: Learned) -> str:
     """Return where along the run the schedule that the weights equal falls below 90 %, 50 % and 10 %."""
-    assert found.steps is not None
+    assert found.steps is not None and len(found.group_names) == 1
     schedule, steps = schedule_of(found.weights)[1:], found.steps
     first, last = steps[0], steps[-1]
     below = []

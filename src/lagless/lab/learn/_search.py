@@ -75,9 +75,13 @@ class Search:
         prior: the weights that the ridge pulls towards, where the search starts.
         settings: all ways to fit that may be tried.
         radius: the distance in parameter space within which the first model is trusted.
+        groups: of tensors, in each of which the weights sum to 1; weights are those of one group after another.
     """
 
-    def __init__(self, gram: Floats, prior: Floats, settings: Sequence[Setting], radius: float) -> None:
+    def __init__(
+        self, gram: Floats, prior: Floats, settings: Sequence[Setting], radius: float, groups: int = 1
+    ) -> None:
+        self._groups = groups
         self._gram, self._prior, self._settings, self._radius = gram, prior, list(settings), radius
         # Where nothing is known the loss is taken to curve half as it does in parameter space, half as in the weights:
         # what tells checkpoints apart is drift, which the Gram matrix is made of, and noise, which is independent and
@@ -118,13 +122,13 @@ class Search:
         count = len(best)
         if len(self._seen) == 1:
             # Nothing is known of the curvature yet: it is taken to be what makes the first step as long as the radius.
-            downhill = minimum(self._base, self._base @ best - slopes, "free") - best
+            downhill = minimum(self._base, self._base @ best - slopes, "free", self._groups) - best
             steepness = self._distance(downhill, np.zeros(count))
             hessian = hessian * (steepness / self._radius)
         curved = hessian + setting.ridge * np.eye(count)
         linear = hessian @ best - slopes + setting.ridge * self._prior
         centre = self._centre(setting)
-        found, on_edge = minimum(curved, linear, setting.mode), len(self._seen) == 1
+        found, on_edge = minimum(curved, linear, setting.mode, self._groups), len(self._seen) == 1
         if self._distance(found, centre) > self._radius:
             on_edge = True
             scale = np.trace(hessian) / max(np.trace(self._gram), np.finfo(np.float64).tiny)
@@ -142,16 +146,16 @@ class Search:
         return Proposal(found, setting, expected, on_edge)
 
     def _damped(self, curved: Floats, linear: Floats, centre: Floats, damping: float, mode: Mode) -> Floats:
-        return minimum(curved + damping * self._gram, linear + damping * self._gram @ centre, mode)
+        return minimum(curved + damping * self._gram, linear + damping * self._gram @ centre, mode, self._groups)
 
     def _allowed(self, setting: Setting) -> list[Evaluation]:
-        return [e for e in self._seen if is_feasible(e.weights, setting.mode)]
+        return [e for e in self._seen if is_feasible(e.weights, setting.mode, self._groups)]
 
     def _centre(self, setting: Setting) -> Floats:
         """The best weights so far that the mode allows; if there are none, those nearest to the prior."""
         if allowed := self._allowed(setting):
             return min(allowed, key=lambda e: e.fit + self._penalty(e.weights, setting)).weights
-        return minimum(np.eye(len(self._prior)), self._prior, setting.mode)
+        return minimum(np.eye(len(self._prior)), self._prior, setting.mode, self._groups)
 
     def _adjust(self, found: Evaluation, setting: Setting) -> None:
         """Trust the model as far as it was right."""

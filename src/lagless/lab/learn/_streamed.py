@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lagless.checkpoints import Checkpoint, CheckpointError, is_running_statistic
-from lagless.posthoc import stream_product
+from lagless.posthoc import Consumer, TensorGroups, stream_product
 
 Floats = NDArray[np.float64]
 Gradient = Mapping[str, Tensor]
@@ -23,9 +23,12 @@ class StreamedModel:
         checkpoints: N checkpoints with the same tensors.
         memory: bytes for buffers.
         progress: called with the bytes read since this object was made.
+        groups: patterns of tensors that have weights of their own; see :class:`lagless.posthoc.TensorGroups`.
+        tensors: the model's tensors by their names in the checkpoints; by default its state dict.
 
     Attributes:
         model: the model.
+        groups: the groups of tensors, G of them.
         bytes_read: since this object was made.
 
     Raises:
@@ -38,23 +41,38 @@ class StreamedModel:
         checkpoints: Sequence[Checkpoint],
         memory: int = 2**28,
         progress: Callable[[int], None] | None = None,
+        groups: Mapping[str, str] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model, self.bytes_read = model, 0
         self._checkpoints, self._memory, self._progress = checkpoints, memory, progress
-        self._targets = _targets(model, checkpoints[-1])
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        stored = [name for name in checkpoints[-1].tensors if name in parameters and not is_running_statistic(name)]
-        once = {id(parameters[name]): name for name in stored}  # tied ones count once
-        self._parameters = {name: parameters[name] for name in once.values() if parameters[name].requires_grad}
+        self.groups = TensorGroups(groups or {}, checkpoints[-1].tensors)
+        own = model.state_dict() if tensors is None else tensors
+        self._targets = _targets(own, checkpoints[-1])
+        at = {tensor.data_ptr(): name for name, tensor in self._targets.items() if not is_running_statistic(name)}
+        parameters = {at[p.data_ptr()]: p for p in model.parameters() if p.data_ptr() in at}  # tied ones count once
+        self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        for name, tensor in self._targets.items():
+            other = at.get(tensor.data_ptr(), name)
+            if self.groups.of(other) != self.groups.of(name):
+                raise CheckpointError(
+                    f"groups: {name!r} and {other!r} are one tensor in the model, but in two groups "
+                    f"({self.groups.names[self.groups.of(name)]}, {self.groups.names[self.groups.of(other)]}). Write "
+                    "the expressions so that both are in one."
+                )
 
     def load(self, weights: Floats) -> None:
-        """Put Σ_i w_i θ_i into the model; checkpoints whose weight is 0 are not read."""
+        """Put Σ_i w_i θ_i into the model; checkpoints whose weight is 0 are not read.
+
+        Args:
+            weights: shape (GN,), those of one group after another.
+        """
 
         def put(name: str, start: int, block: Tensor) -> None:
             if (target := self._targets.get(name)) is not None:
                 target[start : start + block.shape[1]].copy_(block[0])
 
-        self._stream(weights[None], put)
+        self._stream(weights.reshape(len(self.groups.names), -1), self.groups.consumer(put))
 
     def take_gradient(self) -> Gradient:
         """Return the gradient that has gathered in the parameters, on the CPU, and clear it."""
@@ -73,8 +91,8 @@ class StreamedModel:
             gram: form the Gram matrix, too.
 
         Returns:
-            <g_k, θ_i - θ_N>, shape (K, N); <θ_i - θ_N, θ_j - θ_N>, shape (N, N), zeros without ``gram``; the
-            fingerprints of the checkpoints.
+            <g_k, θ_i - θ_N>, shape (K, GN); <θ_i - θ_N, θ_j - θ_N>, shape (GN, GN), zeros without ``gram`` and between
+            groups; the fingerprints of the checkpoints.
         """
         count = len(self._checkpoints)
         moves = np.eye(count)[:-1] - np.eye(count)[-1]
@@ -94,14 +112,16 @@ class StreamedModel:
                 products[name] += (moved @ moved.T).numpy()
 
         fingerprints = self._stream(moves, add)
-        slopes, total = np.zeros((len(gradients), count)), np.zeros((count, count))
+        size = count * len(self.groups.names)
+        slopes, total = np.zeros((len(gradients), size)), np.zeros((size, size))
         for name in sorted(self._parameters):
-            slopes[:, :-1] += along[name]
+            own = slice(count * self.groups.of(name), count * (self.groups.of(name) + 1) - 1)
+            slopes[:, own] += along[name]
             if gram:
-                total[:-1, :-1] += products[name]
+                total[own, own] += products[name]
         return slopes, total, [str(fingerprint) for fingerprint in fingerprints]
 
-    def _stream(self, weights: Floats, consumer: Callable[[str, int, Tensor], None]) -> list[str | None]:
+    def _stream(self, weights: Floats, consumer: Consumer) -> list[str | None]:
         before = self.bytes_read
 
         def advance(done: int, total: int) -> None:
@@ -112,9 +132,8 @@ class StreamedModel:
         return stream_product(self._checkpoints, weights, consumer, memory=self._memory, progress=advance)
 
 
-def _targets(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
+def _targets(own: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The flattened tensors of the model that checkpoints are loaded into, by name."""
-    own = model.state_dict()
     unexpected = [name for name in checkpoint.tensors if name not in own]
     given = {own[name].data_ptr() for name in checkpoint.tensors if name in own}
     missing = [name for name, tensor in own.items() if tensor.numel() and tensor.data_ptr() not in given]

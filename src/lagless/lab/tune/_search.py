@@ -127,7 +127,7 @@ def tune(
     rules = list(dict.fromkeys([*starts.values(), *searched]))
     live = np.eye(len(trajectory.steps))[-1]
     weights = np.array([trajectory_weights(rule, trajectory.steps) for rule in rules])
-    held = load_model(trajectory, device) if model is None else model.eval()
+    held = load_model(trajectory.checkpoints[-1], device) if model is None else model.eval()
     loss = AverageLoss(held, combine_checkpoints(trajectory.checkpoints, np.eye(len(live))), validation, batch_size)
     gram = loss.gram()
     surrogate, trials = QuadraticModel(gram), {}
