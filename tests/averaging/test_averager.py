@@ -216,7 +216,7 @@ def test_run_shorter_than_the_first_update_is_refused_at_once():
         (lambda: Averager(nn.Linear(2, 2).requires_grad_(False), EMA()), ValueError, "nothing to average"),
         (lambda: Averager({"w": torch.zeros(2)}, {}), ValueError, "rules is empty"),
         (lambda: Averager({"w": torch.zeros(2)}, {"a/b": EMA()}), ValueError, "'a/b' cannot name an average"),
-        (lambda: Averager({"w": torch.zeros(2)}, {"a": 0.9}), TypeError, "'a' is 0.9; give one rule"),
+        (lambda: Averager({"w": torch.zeros(2)}, {"a": 0.9}), TypeError, "'a' is 0.9, which is no rule by name"),
         (lambda: Averager({"w": torch.zeros(2)}, EMA(), dtype=torch.float16), ValueError, "dtype=torch.float16"),
         (lambda: Averager({"w": torch.zeros(2)}, EMA(), step=-1), ValueError, "step=-1; it must be an integer >= 0"),
         (
@@ -575,5 +575,5 @@ def test_an_average_of_no_step_at_all_says_what_was_forgotten():
 
 @pytest.mark.parametrize("rules", [[EMA()], EMA, "ema"], ids=repr)
 def test_what_is_no_rule_is_refused_in_words(rules):
-    with pytest.raises(TypeError, match="give one rule, e.g. EMA"):
+    with pytest.raises(TypeError, match="rules takes a rule"):
         Averager(torch.nn.Linear(2, 1), rules)

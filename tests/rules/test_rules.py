@@ -263,5 +263,5 @@ def test_rules_by_name():
 @pytest.mark.parametrize("rule", [EMA, BEMA, OUEMA, DEMA, UniformAverage, PowerEMA, WindowAverage])
 def test_hyperparameters_are_given_by_name(rule):
     """EMA(0.999) would be a power of 0.999, not a decay."""
-    with pytest.raises(TypeError, match="positional"):
+    with pytest.raises(TypeError, match="have names"):
         rule(0.999)

@@ -31,7 +31,7 @@ from lagless.execution import (
     local,
     observe_steps,
 )
-from lagless.rules import InitialWeights, Rule, named_rules, require_updates
+from lagless.rules import CheckedCall, InitialWeights, Rule, named_rules, require_updates
 
 if TYPE_CHECKING:
     from lagless.averaging._initial_weights import StoredStart
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
-class Averager:
+class Averager(CheckedCall):
     """Averages of a model's weights, updated once per optimizer step.
 
     At a rule's update steps ``b ← M b + v θ_t``; the average ``c·b + d θ_t`` is formed when it is read. Rules that need

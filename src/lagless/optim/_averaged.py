@@ -32,12 +32,12 @@ from lagless.optim._loaded_state import (
     wide_dtype,
     with_format,
 )
-from lagless.rules import ReadCoefficients, Rule, count_updates, rule_to_dict
+from lagless.rules import CheckedCall, ReadCoefficients, Rule, count_updates, rule_to_dict
 
 Self = TypeVar("Self", bound="AveragedOptimizer")
 
 
-class AveragedOptimizer(Optimizer):
+class AveragedOptimizer(CheckedCall, Optimizer):
     """An optimizer whose state holds, for every parameter, a step count and the buffers of an averaging rule.
 
     The rule of a group is ``group["average"]``; the buffers of a parameter are ``state["average"]``, or

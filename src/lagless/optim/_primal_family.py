@@ -7,9 +7,10 @@ import warnings
 from torch.optim import Optimizer
 
 from lagless.optim._primal import Interpolation, PrimalAveraging
-from lagless.rules import EMA, WarmupAverage
+from lagless.rules import EMA, WarmupAverage, checked
 
 
+@checked
 def schedule_free(
     optimizer: Optimizer,
     *,
@@ -55,6 +56,7 @@ def schedule_free(
     )
 
 
+@checked
 def gpa(optimizer: Optimizer, *, decay: float, interpolation: float = 0.9, compile: bool = False) -> PrimalAveraging:
     """Return generalized primal averaging: x is an EMA of z with a decay of its own.
 
@@ -71,6 +73,7 @@ def gpa(optimizer: Optimizer, *, decay: float, interpolation: float = 0.9, compi
     return PrimalAveraging(optimizer, EMA(decay=decay), interpolation=interpolation, compile=compile)
 
 
+@checked
 def lookahead(optimizer: Optimizer, *, steps: int = 5, alpha: float = 0.5) -> PrimalAveraging:
     """Return Lookahead: every k steps slow weights move towards the fast ones, which start again from them.
 

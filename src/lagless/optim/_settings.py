@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lagless._validation import require_number
-from lagless.rules import Rule
+from lagless.rules import Rule, rule_line
 
 
 def require_learning_rate(owner: object, lr: object) -> None:
@@ -24,7 +24,7 @@ def require_learning_rate(owner: object, lr: object) -> None:
 def check_average(average: object) -> None:
     """Require an averaging rule."""
     if not isinstance(average, Rule):
-        raise TypeError(f"average={average!r} is not an averaging rule; give e.g. lagless.EMA().")
+        raise TypeError(f"average={average!r} is not an averaging rule; write average={rule_line(average)}.")
 
 
 def check_dtype(dtype: object) -> None:

@@ -2,6 +2,7 @@
 
 from lagless._deprecated import former_names as _former_names
 from lagless.rules._bias_corrected import BEMA as BEMA, OUEMA as OUEMA
+from lagless.rules._calls import CheckedCall as CheckedCall, checked as checked, rule_line as rule_line
 from lagless.rules._clock import (
     Event as Event,
     Tick as Tick,

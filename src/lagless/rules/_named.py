@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lagless._validation import is_mapping
+from lagless._validation import is_mapping, shown
+from lagless.rules._calls import rule_line
 from lagless.rules._exponential import EMA
 from lagless.rules._rule import Rule
 
@@ -33,10 +34,11 @@ def named_rules(rules: Any) -> dict[str, Rule]:
     if isinstance(rules, Rule):
         return {type(rules).__name__.lower(): rules}
     if not is_mapping(rules):
-        raise TypeError(f"rules={rules!r}; {_WANTED}.")
+        raise TypeError(f"rules={shown(rules)} is no rule: write {rule_line(rules)}. {_ALSO}")
     for name, rule in rules.items():
         if not isinstance(name, str) or not isinstance(rule, Rule):
-            raise TypeError(f"rules: {name!r} is {rule!r}; {_WANTED}.")
+            given = f"rules: {shown(name)} is {shown(rule)}, which is no rule by name"
+            raise TypeError(f"{given}: write {{{str(name)!r}: {rule_line(rule)}}}. {_ALSO}")
     if not rules:
         raise ValueError(f"rules is empty; {_WANTED}.")
     return dict(rules)
@@ -46,3 +48,4 @@ _WANTED = (
     "give one rule, e.g. EMA(half_life_fraction=0.05), or a mapping of names to rules, e.g. "
     "{'ema': EMA(half_life_fraction=0.05), 'window': WindowAverage()}"
 )
+_ALSO = f"In general, {_WANTED}."

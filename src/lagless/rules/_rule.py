@@ -16,6 +16,7 @@ from collections.abc import Hashable
 from typing import Any, ClassVar, NamedTuple
 
 from lagless._validation import check_integer
+from lagless.rules._calls import CheckedCall
 from lagless.rules._clock import Tick, UpdateSchedule
 from lagless.rules._gains import Gain
 from lagless.rules._registry import register
@@ -85,7 +86,7 @@ def _former(name: str, new: str) -> property:
     return property(read)
 
 
-class Rule(ABC):
+class Rule(CheckedCall, ABC):
     """What every averaging rule is: hyperparameters, buffers, coefficients.
 
     To write a rule of your own, subclass with a frozen dataclass and give ``buffer_keys``, ``update`` and ``read``;

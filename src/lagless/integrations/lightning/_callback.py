@@ -20,10 +20,10 @@ from lagless.integrations.lightning._compat import Callback, LightningModule, Tr
 from lagless.integrations.lightning._export import check_export, export, withdraw
 from lagless.integrations.lightning._validation import validate_again
 from lagless.optim import AveragedOptimizer
-from lagless.rules import Rule
+from lagless.rules import CheckedCall, Rule, named_rules
 
 
-class AveragingCallback(Callback):
+class AveragingCallback(CheckedCall, Callback):
     """Averages of the module's weights: validated beside the live ones, kept in every checkpoint, exported at the end.
 
     ``Trainer(callbacks=[AveragingCallback(EMA(half_life_fraction=0.05))])`` is all. Training is bitwise what it is
@@ -78,6 +78,8 @@ class AveragingCallback(Callback):
     >>> callback = AveragingCallback(EMA(half_life_fraction=0.05))
     """
 
+    _options_of = Averager
+
     def __init__(
         self,
         rules: Rule | Mapping[str, Rule] | None = None,
@@ -92,7 +94,7 @@ class AveragingCallback(Callback):
         if on_missing_state not in ("refuse", "restart"):
             raise ValueError(f"on_missing_state={on_missing_state!r}; it must be 'refuse' or 'restart'.")
         self.averager: Averager | None = None
-        self._rules = rules
+        self._rules = named_rules(rules)
         self._evaluate = [evaluate] if isinstance(evaluate, str) else evaluate
         self._optimizer = optimizer
         self._export = export

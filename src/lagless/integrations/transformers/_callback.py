@@ -31,7 +31,7 @@ from lagless.integrations.transformers._evaluation import average_of, evaluate_a
 from lagless.integrations.transformers._lora import MergedLoraAverager, is_adapter
 from lagless.integrations.transformers._optimizer_average import OptimizerAverage
 from lagless.integrations.transformers._returned_model import forget_record, record_saves
-from lagless.rules import Rule, count_updates
+from lagless.rules import CheckedCall, Rule, count_updates, named_rules
 
 STATE_FILE = "averages.safetensors"
 FOLDER = "averaged"
@@ -39,7 +39,7 @@ FOLDER = "averaged"
 logger = logging.get_logger(__name__)
 
 
-class AveragingCallback(TrainerCallback):
+class AveragingCallback(CheckedCall, TrainerCallback):
     """Averages in a ``transformers.Trainer`` or any trainer derived from it: followed, evaluated, saved, exported.
 
     - **Steps.** An update counts optimizer steps: one per accumulated batch, none where a gradient scaler skipped.
@@ -92,6 +92,8 @@ class AveragingCallback(TrainerCallback):
     >>> # Trainer(..., callbacks=[callback])
     """
 
+    _options_of = Averager
+
     def __init__(
         self,
         rules: Rule | Mapping[str, Rule] | None = None,
@@ -106,7 +108,7 @@ class AveragingCallback(TrainerCallback):
         if on_missing_state not in ("refuse", "restart"):
             raise ValueError(f"on_missing_state={on_missing_state!r}; it must be 'refuse' or 'restart'.")
         self.averager: Averager | None = None
-        self._rules, self._options = rules, options
+        self._rules, self._options = named_rules(rules), options
         self._kind = MergedLoraAverager if merged_lora else Averager
         self._evaluate = [evaluate] if isinstance(evaluate, str) else evaluate
         self._export_at_save = export_at_save

@@ -20,13 +20,13 @@ from lagless._validation import require_integer
 from lagless.averaging import Attachment, Averager, unwrap
 from lagless.integrations.transformers._caller import calling_trainer
 from lagless.integrations.transformers._compat import TRAIN_ARGUMENTS
-from lagless.rules import Rule, default_rule
+from lagless.rules import CheckedCall, Rule, default_rule
 
 REFERENCE_FILE = "reference.safetensors"
 _NAME = "reference"
 
 
-class MovingReferenceCallback(TrainerCallback):
+class MovingReferenceCallback(CheckedCall, TrainerCallback):
     """Make an average of the policy the reference of TRL's ``DPOTrainer``, ``GRPOTrainer`` and their kin.
 
     - **Whole models.** The trainer's own ``ref_model`` gets the average after every ``sync_every`` steps.
@@ -58,6 +58,8 @@ class MovingReferenceCallback(TrainerCallback):
     >>> callback = MovingReferenceCallback(EMA(half_life=100))
     >>> # DPOTrainer(..., callbacks=[callback])
     """
+
+    _options_of = Averager
 
     def __init__(
         self,

@@ -27,11 +27,12 @@ from lagless.optim.bias_corrected._noise_record import MeasuresNoise, NoiseRecor
 from lagless.optim.bias_corrected._report import Correction, CorrectionRecorder
 from lagless.optim.bias_corrected._sums import PowerSums
 from lagless.optim.bias_corrected._token_weights import weigh_by_tokens
+from lagless.rules import CheckedCall
 
 _log = logging.getLogger("lagless")
 
 
-class BiasCorrected(MeasuresNoise, Optimizer):
+class BiasCorrected(CheckedCall, MeasuresNoise, Optimizer):
     """An optimizer that sees microbatches; its method says which sums are needed and steps.
 
     Args:
