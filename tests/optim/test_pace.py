@@ -435,7 +435,7 @@ def test_a_learning_rate_of_one_element_has_any_shape(shape, capturable):
         ({"betas": 0.9}, ValueError, "betas=0.9; it must be two numbers"),
         ({"clamp": "no"}, ValueError, "clamp='no'; it must be True or False"),
         ({"lr": torch.tensor(-1.0)}, ValueError, "lr=-1.0"),
-        ({"average": 0.9}, TypeError, "average takes a rule, and 0.9 is a number"),
+        ({"average": 0.9}, TypeError, r"average.*EMA\(decay=0.9\)"),
         ({"average_dtype": torch.float16}, ValueError, "average_dtype=torch.float16"),
         ({"average": BEMA.paper(), "capturable": True}, ValueError, "capturable=True.*one buffer"),
         ({"average": EMA(half_life=5.0), "capturable": True}, ValueError, "half_life"),
