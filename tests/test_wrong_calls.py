@@ -192,6 +192,7 @@ def test_callbacks_refuse_at_construction(model):
         assert answer(kind, decay=0.999) == f"{name}(EMA(decay=0.999))"
         assert answer(kind, model) == f"{name}()"
         assert answer(kind, EMA(decay=0.9), dtipe=torch.bfloat16) == f"{name}(EMA(decay=0.9), dtype=...)"
+    assert answer(callbacks()[0], memory=3) == "AveragingCallback()"
     assert answer(callbacks()[0], evaluat="ema").endswith("evaluate='ema')")
 
 

@@ -53,10 +53,10 @@ _signatures: WeakKeyDictionary[Any, inspect.Signature] = WeakKeyDictionary()
 class CheckedCall:
     """Mix-in: a construction with arguments that do not fit is answered with the line to write.
 
-    A subclass that hands ``**options`` on names in ``_options_of`` the class that takes them.
+    A subclass that hands ``**options`` on names in ``_options_of`` the classes that take them.
     """
 
-    _options_of: type[Any] | None = None
+    _options_of: tuple[type[Any], ...] = ()
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
         check_call(cls, arguments, options)
@@ -249,15 +249,12 @@ def _signature(kind: Any) -> inspect.Signature:
     found = _signatures.get(kind)
     if found is None:
         found = inspect.signature(kind)
-        further = getattr(kind, "_options_of", None)
-        if further is not None:
-            own = [p for p in found.parameters.values() if p.kind is not p.VAR_KEYWORD]
-            more = [
-                p
-                for p in inspect.signature(further).parameters.values()
-                if p.kind is p.KEYWORD_ONLY and p.name not in found.parameters
-            ]
-            found = found.replace(parameters=[*own, *more])
+        own = {n: p for n, p in found.parameters.items() if p.kind is not p.VAR_KEYWORD}
+        for further in getattr(kind, "_options_of", ()):
+            for name, parameter in inspect.signature(further).parameters.items():
+                if parameter.kind is _BY_NAME:
+                    own.setdefault(name, parameter)
+            found = found.replace(parameters=list(own.values()))
         _signatures[kind] = found
     return found
 

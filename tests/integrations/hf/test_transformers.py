@@ -338,7 +338,6 @@ def test_each_evaluation_has_a_progress_bar_of_its_own(hf, tmp_path, monkeypatch
         ({"evaluate": ["swa"]}, {}, r"evaluate=\['swa'\] are no averages; there are bema, ema"),
         ({"evaluate": ["ema"]}, best_settings("eval_bema_loss"), "needs 'bema'; add it to evaluate"),
         ({"dtype": torch.float16}, {}, "dtype=torch.float16"),
-        ({"memory": 3}, {}, "memory"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(hf, tmp_path, options, settings, message):

@@ -78,7 +78,7 @@ class AveragingCallback(CheckedCall, Callback):
     >>> callback = AveragingCallback(EMA(half_life_fraction=0.05))
     """
 
-    _options_of = Averager
+    _options_of = (Averager,)
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class AveragingCallback(CheckedCall, Callback):
         if on_missing_state not in ("refuse", "restart"):
             raise ValueError(f"on_missing_state={on_missing_state!r}; it must be 'refuse' or 'restart'.")
         self.averager: Averager | None = None
-        self._rules = named_rules(rules)
+        self._rules = None if rules is None else named_rules(rules)
         self._evaluate = [evaluate] if isinstance(evaluate, str) else evaluate
         self._optimizer = optimizer
         self._export = export

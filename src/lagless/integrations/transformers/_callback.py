@@ -92,7 +92,7 @@ class AveragingCallback(CheckedCall, TrainerCallback):
     >>> # Trainer(..., callbacks=[callback])
     """
 
-    _options_of = Averager
+    _options_of = (Averager,)
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class AveragingCallback(CheckedCall, TrainerCallback):
         if on_missing_state not in ("refuse", "restart"):
             raise ValueError(f"on_missing_state={on_missing_state!r}; it must be 'refuse' or 'restart'.")
         self.averager: Averager | None = None
-        self._rules, self._options = named_rules(rules), options
+        self._rules, self._options = (None if rules is None else named_rules(rules)), options
         self._kind = MergedLoraAverager if merged_lora else Averager
         self._evaluate = [evaluate] if isinstance(evaluate, str) else evaluate
         self._export_at_save = export_at_save

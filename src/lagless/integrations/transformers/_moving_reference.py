@@ -59,7 +59,7 @@ class MovingReferenceCallback(CheckedCall, TrainerCallback):
     >>> # DPOTrainer(..., callbacks=[callback])
     """
 
-    _options_of = Averager
+    _options_of = (Averager,)
 
     def __init__(
         self,
