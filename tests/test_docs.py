@@ -1,6 +1,7 @@
 """Every public name is documented."""
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import lagless.optim
 import lagless.posthoc
 import lagless.testing
 import lagless.theory
+from lagless.rules._words import OTHER_NAMES
 
 DOCS = Path(__file__).parents[1] / "docs"
 REFERENCE = "".join(path.read_text() for path in sorted(DOCS.glob("reference*.md")))
@@ -30,3 +32,14 @@ def public(module):
 def test_public_names_have_a_docstring_and_a_place_in_the_reference(name, value):
     assert inspect.getdoc(value), f"{name} has no docstring"
     assert f"::: {name}\n" in REFERENCE, f"{name} is missing in docs/reference*.md"
+
+
+def test_the_vocabulary_has_every_argument_that_other_names_lead_to():
+    page = (DOCS / "vocabulary.md").read_text()
+    symbols = [name for name in OTHER_NAMES if name in ("kappa", "eta", "phi", "rho", "tau", "gamma", "beta", "alpha")]
+    assert len(symbols) == 8
+    for symbol in symbols:
+        assert symbol in page and f"`{OTHER_NAMES[symbol][0]}`" in page, symbol
+    for written in re.findall(r"answered with\s+`(.*?)`", page):
+        with pytest.raises(TypeError, match=re.escape(f"Write {written}.")):
+            lagless.EMA(alpha=0.01)
