@@ -127,6 +127,28 @@ def test_a_loss_of_ones_own(run, documents, tmp_path, monkeypatch, lagless):
 
 
 @pytest.mark.parametrize(
+    "body, message",
+    [
+        ("return 1.0", "returned float; it must return shape"),
+        ("return torch.zeros(len(rows) + 1)", r"it must return shape"),
+        ("return torch.zeros(len(rows))", "no gradient"),
+        ("return rows.loss", "my_bad_loss:f"),
+        (
+            "return torch.full((len(rows),), float('nan')) * next(model.parameters()).sum()",
+            "not finite at checkpoint-0",
+        ),
+    ],
+)
+def test_a_bad_loss_of_ones_own_is_named(run, documents, tmp_path, monkeypatch, lagless, body, message):
+    (tmp_path / "my_bad_loss.py").write_text(f"import torch\ndef f(model, tokenizer, rows):\n    {body}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_bad_loss", raising=False)
+    own = ["--loss", "my_bad_loss:f", "--targets-per-weight", "1"]
+    code, _, errors = lagless("learn", run, "--data", documents, "-o", tmp_path / "model", *SMALL, *own)
+    assert code == 2 and message in errors and not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
     "more, message",
     [
         (["--loss", "my_losses"], "it must be module:function"),

@@ -1,6 +1,7 @@
 """``lagless learn``: weights on stored checkpoints learned from held-out loss by exact slopes."""
 
 from lagless.lab.learn._baselines import default_prior as default_prior
+from lagless.lab.learn._callback import LearnCallback as LearnCallback
 from lagless.lab.learn._describe import (
     conclusions as conclusions,
     schedule_in_words as schedule_in_words,

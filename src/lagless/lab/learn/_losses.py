@@ -67,13 +67,32 @@ def part_losses(model: nn.Module, part: Part, loss: ItemLoss, batch_size: int, g
     with torch.set_grad_enabled(gradient), _saying_what_to_lower(batch_size):
         for first in range(0, len(items), batch_size):
             owners, batch = zip(*items[first : first + batch_size], strict=True)
-            each, targets = _checked(loss(model, batch), len(batch))
+            each, targets = _checked(_called(loss, model, batch), len(batch))
             if gradient:
+                if not each.requires_grad:
+                    raise ValueError(
+                        f"loss {_name(loss)} has no gradient: PyTorch cannot follow what it returns to the model's "
+                        "parameters. Compute it from the model's outputs, without no_grad or item()."
+                    )
                 each.sum().backward()
             owner = torch.tensor(owners, dtype=torch.int64, device="cpu")
             sums.index_add_(0, owner, each.detach().double().cpu())
             counts.index_add_(0, owner, targets.detach().double().cpu())
     return Losses(sums, counts)
+
+
+def _called(loss: ItemLoss, model: nn.Module, batch: Sequence[Any]) -> Any:
+    """Call a loss; what it raises is an error in it, not in what lagless was asked."""
+    try:
+        return loss(model, batch)
+    except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"loss {_name(loss)} raised {type(error).__name__}: {error}") from error
+
+
+def _name(loss: ItemLoss) -> str:
+    return f"{getattr(loss, '__module__', '')}:{getattr(loss, '__qualname__', type(loss).__name__)}"
 
 
 @contextmanager
