@@ -43,3 +43,21 @@ def test_the_vocabulary_has_every_argument_that_other_names_lead_to():
     for written in re.findall(r"answered with\s+`(.*?)`", page):
         with pytest.raises(TypeError, match=re.escape(f"Write {written}.")):
             lagless.EMA(alpha=0.01)
+
+
+README = (DOCS.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
+def test_the_blocks_of_the_readme_run(block, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    for said in re.findall(r"print\(.*\)  # (.*?)(?:\.\.\.)?\n", block):
+        assert capsys.readouterr().out.startswith(said)
+    assert ("averaged.pt" in block) == (tmp_path / "averaged.pt").is_file()
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 120
+    for link in re.findall(r"\]\(([^)#:]*)\)", README):
+        assert (DOCS.parent / link).exists(), link
