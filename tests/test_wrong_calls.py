@@ -3,6 +3,8 @@
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -201,3 +203,15 @@ def test_good_calls_and_copies_are_not_touched(model):
         assert copy.deepcopy(rule) == rule == pickle.loads(pickle.dumps(rule))
     with pytest.raises(TypeError, match="params"):
         PACE()
+
+
+@pytest.mark.parametrize("room, extra", [("transformers", "hf"), ("lightning", "lightning")])
+def test_an_integration_without_its_library_names_the_extra(room, extra):
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(("transformers", "lightning", "pytorch_lightning")))
+import lagless.integrations.{room}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ") and last.endswith(f"pip install 'lagless[{extra}]'"), done.stderr
