@@ -206,3 +206,8 @@ def is_mapping(value: Any) -> TypeGuard[Mapping[Any, Any]]:
 def is_tuple(value: Any) -> TypeGuard[tuple[Any, ...]]:
     """Tell a tuple from other values, with nothing said of what is in it."""
     return isinstance(value, tuple)
+
+
+def is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Tell a sequence from other values, with nothing said of what is in it."""
+    return isinstance(value, Sequence)

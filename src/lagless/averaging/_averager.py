@@ -418,7 +418,7 @@ class Averager(CheckedCall):
         given = match(state, self._state({}), self.rules)
         shardings = dict(zip(self._live.names, self._live.shardings, strict=True))
         parts = {name: shardings[name.split("/", 1)[1]].part_of(tensor) for name, tensor in given.tensors.items()}
-        unlike = self._check.unlike(live_digests(state)) if check_live else {}
+        unlike: Mapping[str, str] = self._check.unlike(live_digests(state)) if check_live else {}
         for i, name in enumerate(self._rules.buffer_names()):
             if name in given.with_low:
                 self._buffers.keep_low(i)

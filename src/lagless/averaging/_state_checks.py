@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lagless._validation import shown
+from lagless._validation import is_list, is_mapping, is_tuple, shown
 from lagless.rules import Rule, Tick
 
 LIVE = "live/"
@@ -36,7 +36,7 @@ def refuse(entry: str, found: object, wanted: str) -> NoReturn:
 
 def mapping(entry: str, value: Any) -> Mapping[str, Any]:
     """Return ``value``, required to be a mapping of strings to anything."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+    if not is_mapping(value) or not all(isinstance(key, str) for key in value):
         refuse(entry, value, "a mapping of names")
     return value
 
@@ -60,10 +60,10 @@ def count(entry: str, value: Any, most: int | None = _LARGEST) -> int:
 
 def plain(entry: str, value: Any) -> Any:
     """Return ``value``, required to be plain JSON."""
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         for key, item in mapping(entry, value).items():
             plain(f"{entry}.{key}", item)
-    elif isinstance(value, list | tuple):
+    elif is_list(value) or is_tuple(value):
         for i, item in enumerate(value):
             plain(f"{entry}.{i}", item)
     elif not (value is None or isinstance(value, str | int | float)):
@@ -134,7 +134,7 @@ def buffer_names(buffers: Any, own: Mapping[str, Sequence[str]]) -> dict[str, st
 
 
 def _texts(entry: str, value: Any) -> Sequence[str]:
-    if not isinstance(value, list | tuple):
+    if not (is_list(value) or is_tuple(value)):
         refuse(entry, value, "a list of names")
     for i, text in enumerate(value):
         if not isinstance(text, str) or (text.startswith(LIVE) and not _DIGEST.fullmatch(text)):

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lagless._validation import is_list, is_object
+
 _LOG = "trainer_state.json"
 
 
@@ -19,10 +21,10 @@ def logged_rates(folder: Path) -> dict[float, float]:
         state: Any = json.loads((folder / _LOG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    history = state.get("log_history") if isinstance(state, dict) else None
+    history = state.get("log_history") if is_object(state) else None
     found: dict[float, float] = {}
-    for entry in history if isinstance(history, list) else ():
-        if isinstance(entry, dict):
+    for entry in history if is_list(history) else ():
+        if is_object(entry):
             step, rate = _number(entry.get("step")), _number(entry.get("learning_rate"))
             if step is not None and rate is not None and rate >= 0.0:
                 found[step] = rate

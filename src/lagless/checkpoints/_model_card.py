@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lagless._validation import is_list, is_mapping, is_sequence
 from lagless.checkpoints._errors import CheckpointError
 from lagless.checkpoints._json import read_object
 from lagless.rules import find_rule
@@ -62,15 +63,16 @@ def model_card(record: Mapping[str, Any], folder: Path | None = None, base_model
     base = base_model or known.get("base_model") or (None if folder is None else base_model_of(folder))
     library, relation = _library(folder)
     tags = known.get("tags")
-    metadata = {
+    metadata: dict[str, Any] = {
         **known,
         "library_name": known.get("library_name") or library,
-        "tags": list(dict.fromkeys([*(tags if isinstance(tags, list) else ()), *TAGS])),
+        "tags": list(dict.fromkeys([*(tags if is_list(tags) else ()), *TAGS])),
         "base_model": base,
         "base_model_relation": known.get("base_model_relation") or (relation if base else None),
     }
     data = ModelCardData(**{key: value for key, value in metadata.items() if value is not None})
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_body(record)) + "\n"))
+    front: str = data.to_yaml()  # pyright: ignore[reportUnknownMemberType]
+    return str(ModelCard(f"---\n{front}\n---\n\n" + "\n".join(_body(record)) + "\n"))
 
 
 def _library(folder: Path | None) -> tuple[str | None, str]:
@@ -87,13 +89,13 @@ def _library(folder: Path | None) -> tuple[str | None, str]:
 
 def _body(record: Mapping[str, Any]) -> Iterator[str]:
     name, rule, sources = record.get("name"), record.get("rule"), record.get("sources")
-    merged = isinstance(sources, Sequence) and all("step" not in source for source in sources)
+    merged = is_sequence(sources) and all("step" not in source for source in sources)
     yield "# Merge of models" if merged else "# Average of a training run"
     yield ""
     version = f"[lagless](https://pypi.org/project/lagless/) {record.get('lagless', '')}".strip()
     what = f"the average `{name}`" if name else "an average"
     kept = f" that {record['optimizer']} keeps" if record.get("optimizer") else ""
-    if isinstance(sources, Sequence):
+    if is_sequence(sources):
         of = "models" if merged else "stored checkpoints of one run"
         yield f"This model is {what} of {len(sources)} {of}, made by {version}."
     else:
@@ -112,7 +114,7 @@ def _body(record: Mapping[str, Any]) -> Iterator[str]:
     ):
         if isinstance(record.get(key), (int, float)):
             yield f"- {text.format(record[key])}"
-    if isinstance(losses := record.get("losses"), Mapping) and losses:
+    if is_mapping(losses := record.get("losses")) and losses:
         yield ""
         yield "## Losses"
         yield ""
@@ -122,9 +124,9 @@ def _body(record: Mapping[str, Any]) -> Iterator[str]:
             yield f"| {key} | {value:.6g} |" if isinstance(value, float) else f"| {key} | {value} |"
     if merged:
         yield from _merged(sources, record.get("groups"))
-    elif isinstance(sources, Sequence):
+    elif is_sequence(sources):
         yield from _sources(sources, record.get("equivalent_schedule"))
-    elif isinstance(schedule := record.get("schedule"), Mapping):
+    elif is_mapping(schedule := record.get("schedule")):
         yield from _schedule(schedule)
     yield ""
     yield "## How to make it again"
@@ -141,7 +143,7 @@ def _sources(sources: Sequence[Mapping[str, Any]], schedule: Any) -> Iterator[st
     yield ""
     yield "| step | checkpoint | weight | learning rate × |"
     yield "|---:|---|---:|---:|"
-    multipliers = list(schedule) if isinstance(schedule, Sequence) else []
+    multipliers = list(schedule) if is_sequence(schedule) else []
     rows = list(enumerate(sources))
     shown = rows if len(rows) <= _MOST_ROWS else [*rows[: _MOST_ROWS // 2], None, *rows[-_MOST_ROWS // 2 :]]
     for row in shown:
@@ -193,7 +195,7 @@ def _again(rule: Any, sources: Any, merged: bool) -> Iterator[str]:
         yield 'merge_models(MODELS, record["weights"], OUT, groups=record.get("groups"))'
         yield "```"
         return
-    if isinstance(sources, Sequence):
+    if is_sequence(sources):
         yield "```bash"
         yield "lagless average RUN --weights lagless.json -o OUT"
         yield "```"
@@ -213,7 +215,7 @@ def _again(rule: Any, sources: Any, merged: bool) -> Iterator[str]:
 
 def _rule_text(rule: Any) -> str:
     """The rule as it is written in Python, without what its defaults say."""
-    if isinstance(rule, list):
+    if is_list(rule):
         return "; ".join(map(_rule_text, rule))
     kind, defaults = rule.get("rule"), {}
     try:

@@ -8,7 +8,7 @@ have followed, and another thread that reads meanwhile waits for its end.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 
 from lagless.execution._forks import forks
@@ -52,7 +52,7 @@ class Turns:
             turn.notify_all()
 
     @contextmanager
-    def still(self, action: str) -> Iterator[None]:
+    def still(self, action: str) -> Generator[None]:
         """Nothing steps inside the block but this thread.
 
         Raises:
