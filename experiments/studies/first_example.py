@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lagless
 
-RESULT = Path("experiments/results/first-example.json")
+RESULT = Path("experiments/results/first-example/runs.json")
 LENGTHS, SCHEDULES, SEEDS = (300, 1000, 4000), ("constant", "linear"), (0, 1, 2)
 BATCH, LENGTH, LR, HELD_OUT = 8, 128, 1e-3, 64
 

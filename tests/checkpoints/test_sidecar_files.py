@@ -68,7 +68,7 @@ def test_an_average_has_what_the_last_checkpoint_has(make_run: Make, tmp_path: P
         write(folder, CARRIED)
     average_checkpoints(run, EMA(decay=0.5), tmp_path / "out")
     files = [name for name in files_under(tmp_path / "out") if (tmp_path / "out" / name).is_file()]
-    assert files == sorted([*CARRIED, "lagless.json", "model.safetensors"])
+    assert files == sorted([*CARRIED, "README.md", "lagless.json", "model.safetensors"])
 
 
 def test_shards_with_notes_of_their_own_take_the_configuration_of_the_base(make_run: Make, tmp_path: Path) -> None:

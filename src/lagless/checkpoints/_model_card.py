@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def _body(record: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "## How to make it again"
     yield ""
-    yield from _again(rule, sources, merged)
+    yield from _again(record, merged)
 
 
 def _sources(sources: Sequence[Mapping[str, Any]], schedule: Any) -> Iterator[str]:
@@ -183,7 +184,17 @@ def _schedule(schedule: Mapping[str, float]) -> Iterator[str]:
         yield f"| {step} | {factor:.4f} |"
 
 
-def _again(rule: Any, sources: Any, merged: bool) -> Iterator[str]:
+def _options(record: Mapping[str, Any]) -> str:
+    """The options beside the weights with which the same checkpoints are averaged in the same way."""
+    start: Any = record.get("start")
+    given = is_mapping(start) and start.get("chosen") == "given"
+    return (f" --start {shlex.quote(str(start['name']))} --start-step {start['step']}" if given else "") + (
+        " --merged-lora" if record.get("merged_lora") else ""
+    )
+
+
+def _again(record: Mapping[str, Any], merged: bool) -> Iterator[str]:
+    rule, sources = record.get("rule"), record.get("sources")
     yield "`lagless.json` beside this file holds all numbers."
     yield ""
     if merged:
@@ -197,7 +208,7 @@ def _again(rule: Any, sources: Any, merged: bool) -> Iterator[str]:
         return
     if is_sequence(sources):
         yield "```bash"
-        yield "lagless average RUN --weights lagless.json -o OUT"
+        yield f"lagless average RUN --weights lagless.json{_options(record)} -o OUT"
         yield "```"
         return
     yield "```python"
@@ -207,7 +218,8 @@ def _again(rule: Any, sources: Any, merged: bool) -> Iterator[str]:
     yield ""
     if isinstance(rule, Mapping):
         yield 'rule = rule_from_dict(json.load(open("lagless.json"))["rule"])'
-        yield "averager = Averager(model, rule).attach(optimizer)  # or AveragingCallback(rule) in a trainer"
+        yield "averager = Averager(model, rule)  # or AveragingCallback(rule) in a trainer"
+        yield "averager.attach(optimizer)"
     else:
         yield 'record = json.load(open("lagless.json"))  # the optimizer, and the rule of each of its groups'
     yield "```"

@@ -17,6 +17,8 @@ from lagless.rules import (
     RuleArgument,
     common_update_freq,
     hyperparameters,
+    kind_of,
+    known_rules,
     rule_arguments,
     rule_names,
     rules_from_settings,
@@ -71,9 +73,19 @@ def chosen_rules(steps: Sequence[int], kinds: list[str], settings: dict[str, Any
         if not re.fullmatch(r"[\w-]+", name) or not values:
             raise ValueError(f"--grid {item!r}; it must be ARGUMENT=VALUE,VALUE,..., e.g. ema-power=0.2,0.5.")
         axes[name] = values.split(",")
-    if "update_freq" not in settings and not any(name.replace("-", "_") == "update_freq" for name in axes):
+    given = {*settings, *(name.replace("-", "_") for name in axes)}
+    known = known_rules()
+    ends = any(kind_of(kind) in known and _needs_length(known[kind_of(kind)]) for kind in kinds)
+    if ends and "total_steps" not in given:
+        settings = settings | {"total_steps": steps[-1]}
+    if not ends and "update_freq" not in given:
         settings = settings | {"update_freq": common_update_freq(steps, settings.get("update_after", 0))}
     return rules_from_settings(kinds, settings, axes)
+
+
+def _needs_length(rule: type[Rule]) -> bool:
+    argument = inspect.signature(rule).parameters.get("total_steps")
+    return argument is not None and argument.default is inspect.Parameter.empty
 
 
 def require_rule(rule: list[str], settings: dict[str, Any], grid: list[str]) -> None:
@@ -109,6 +121,8 @@ def _choices(argument: RuleArgument) -> list[Any]:
 def _type(argument: RuleArgument) -> type:
     """What typer converts the text to: the widest number or flag that all rules take, or text as it is."""
     kinds = set(_choices(argument))
+    if any({int, float} <= {*choices_of(annotation)} for annotation in argument.annotations):
+        return str  # 1 and 1.0 differ there, and the rule reads them
     for kind, members in ((bool, {bool}), (int, {int}), (float, {int, float})):
         if kinds and kinds <= members:
             return kind
@@ -122,5 +136,7 @@ def _help(argument: RuleArgument) -> str:
         text = f"{', '.join(words)}."
     if argument.name == "update_freq":
         text += " Default: every stored checkpoint."
+    if argument.name == "total_steps":
+        text += " Default: the last step."
     owners = "" if len(argument.rules) == len(rule_names()) else f" ({', '.join(argument.rules)})"
     return f"{text}{owners}".strip()

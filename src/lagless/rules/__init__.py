@@ -58,6 +58,7 @@ from lagless.rules._reconstruction import Reconstruction as Reconstruction, reco
 from lagless.rules._registry import (
     built_in_rules as _built_in_rules,
     find_rule as find_rule,
+    kind_of as kind_of,
     known_rules as known_rules,
 )
 from lagless.rules._rule import (

@@ -86,7 +86,7 @@ class DecayAverage(Rule):
     """
 
     shape: str | tuple[float, ...] | Sequence[float] | Callable[[float], float] = "linear"
-    duration: float = 0.2
+    duration: float | int = 0.2
     total_steps: int
     update_freq: int = 1
 

@@ -68,8 +68,8 @@ def run_note(rule: Rule, total_steps: int, start: int = 0) -> str | None:
 def spread_note(rule: Rule | None, effective: float, iterates: int, kind: str = "iterates") -> str | None:
     """Say that an average is noisier than one of its iterates, or amounts to few of them; None if it is neither.
 
-    Few are less than three, and less than a tenth of all iterates there are, so that short runs are not reproached with
-    their length.
+    Few are less than three, and less than a tenth of all iterates there are (of stored checkpoints, less than half), so
+    that short runs are not reproached with their length.
 
     Args:
         rule: the averaging rule; None for weights that were given.
@@ -84,12 +84,15 @@ def spread_note(rule: Rule | None, effective: float, iterates: int, kind: str = 
             f"{name} is noisier than the last {kind[:-1]} alone: the squares of its weights sum to "
             f"{1.0 / effective:.2f}, more than 1{remedy}"
         )
-    if rule is None or not effective < min(FEWEST_ITERATES, iterates / 10.0) * (1.0 - 1e-9):
+    share = 2.0 if kind == "checkpoints" else 10.0
+    if rule is None or not effective < min(FEWEST_ITERATES, iterates / share) * (1.0 - 1e-9):
         return None
-    return (
-        f"{name} amounts to {effective:.1f} of {iterates:,} {kind} and averages little noise away. Use "
-        f"{_remedy(rule)}, which widens with the run, or a wider average"
+    wider = (
+        f"Use {_remedy(rule)}, which widens with the run, or a wider average"
+        if getattr(rule, "half_life_fraction", None) is None
+        else f"Use a larger half_life_fraction, or more {kind}"
     )
+    return f"{name} amounts to {effective:.1f} of {iterates:,} {kind} and averages little noise away. {wider}"
 
 
 def run_notes(rule: Rule, total_steps: int, start: int = 0) -> list[str]:

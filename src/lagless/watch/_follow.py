@@ -89,15 +89,21 @@ def follow(
             break
         wait(min(poll, watch.settings.settle) if watch.pending else poll)
     watch.finish()
-    best = f"the best model is {watch.models.best}" if watch.models.kept else "there is no averaged model yet"
+    best = f"the best model is {watch.models.best}" if watch.models.kept else _none_kept(watch)
     watch.tell("ended", f"ended: {why}; {best}")
     each()
     return exit_code(watch)
 
 
+def _none_kept(watch: Watch) -> str:
+    if len(watch.averages.record.history) < 2:
+        return "there is no averaged model yet"
+    return "no averaged model was kept, as no evaluation succeeded: the averages are in the state, and go on from there"
+
+
 def exit_code(watch: Watch) -> int:
     """What a script needs to know of how things stand."""
     record = watch.averages.record
-    if len(record.history) < 2:
+    if len(record.history) < 2 or not watch.models.kept:
         return NO_AVERAGE
     return LEFT_OUT if record.passed_over or watch.pending else DONE
