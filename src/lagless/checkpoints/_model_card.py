@@ -123,7 +123,7 @@ def _body(record: Mapping[str, Any]) -> Iterator[str]:
         yield "|---|---|"
         for key, value in losses.items():
             yield f"| {key} | {value:.6g} |" if isinstance(value, float) else f"| {key} | {value} |"
-    if merged:
+    if merged and is_sequence(sources):
         yield from _merged(sources, record.get("groups"))
     elif is_sequence(sources):
         yield from _sources(sources, record.get("equivalent_schedule"))
@@ -160,7 +160,7 @@ def _merged(sources: Sequence[Mapping[str, Any]], groups: Any) -> Iterator[str]:
     yield ""
     yield "## Models and weights"
     yield ""
-    for name, pattern in groups.items() if isinstance(groups, Mapping) else ():
+    for name, pattern in groups.items() if is_mapping(groups) else ():
         yield f"- {name}: tensors with `{pattern}` in their name"
     names = list(dict.fromkeys(name for source in sources for name in source.get("weights", ())))
     if names:
