@@ -112,6 +112,10 @@ def former_method(name: str, new: str) -> Callable[..., Any]:
     return call
 
 
+FORMER_ARGUMENTS = "former_arguments"
+"""The attribute of a function under which its former arguments are, with their names of now."""
+
+
 def former_argument(name: str, new: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator for functions whose keyword ``new`` was called ``name``."""
 
@@ -129,6 +133,7 @@ def former_argument(name: str, new: str) -> Callable[[Callable[P, R]], Callable[
                 options[new] = options.pop(name)
             return function(*arguments, **options)
 
+        call.__dict__[FORMER_ARGUMENTS] = {name: new}
         return call
 
     return decorate

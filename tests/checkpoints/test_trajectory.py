@@ -188,7 +188,7 @@ ERRORS = {
     "other shape": (
         lambda m: [_differing(m, scale=torch.ones(2))],
         CheckpointError,
-        r"tensor 'scale' is F32 \[\] in .*checkpoint-10, but F32 \[2\] in .*checkpoint-20. They are not",
+        r"tensor 'scale' is F32 \[\] in .*checkpoint-10, but F32 \[2\] in .*checkpoint-20. They do not belong together",
     ),
     "other type": (
         lambda m: [_differing(m, scale=torch.ones(()).bfloat16())],

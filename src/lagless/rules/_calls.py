@@ -14,6 +14,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
+from lagless._deprecated import FORMER_ARGUMENTS
 from lagless.rules._given import (
     call_code,
     code,
@@ -81,6 +82,8 @@ def check_call(kind: Callable[..., Any], arguments: tuple[Any, ...], options: Ma
         TypeError: if not, with the line to write.
     """
     signature = _signature(kind)
+    former: dict[str, str] = getattr(getattr(kind, "__init__", kind), FORMER_ARGUMENTS, {})
+    options = {former.get(name, name): value for name, value in options.items()}
     try:
         given = signature.bind_partial(*arguments, **options).arguments
     except TypeError:

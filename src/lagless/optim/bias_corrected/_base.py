@@ -106,8 +106,7 @@ class BiasCorrected(CheckedCall, MeasuresNoise, Optimizer):
             rate, sums = float(group["lr"]), None  # of a tensor on the device, a wait per group
             if corrects(group):
                 step = 1 + steps_taken(states, group)
-                wanted = partial(method.records, states, group)
-                sums = self._recorder.begin(index, step, wanted)
+                sums = self._recorder.begin(index, step, partial(method.records, states, group))
             method.update(states, group | {"lr": rate}, collected, sums)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
