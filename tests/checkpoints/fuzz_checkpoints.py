@@ -16,7 +16,6 @@ import json
 import os
 import pickle
 import random
-import signal
 import struct
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from tests.forked_cases import in_child
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -346,24 +346,7 @@ KINDS: dict[str, tuple[Callable[[Path, State], None], Callable[[Path, Chance], N
 
 def try_case(kind: str, seed: int) -> tuple[str, str]:
     """Run one case in a child process. Returns its outcome: right, refused, wrong, raw or crash, and details."""
-    incoming, outgoing = os.pipe()
-    if (child := os.fork()) == 0:
-        os.close(incoming)
-        try:
-            signal.alarm(SECONDS)
-            outcome = _case(kind, seed)
-        except BaseException:
-            outcome = "raw", traceback.format_exc()
-        os.write(outgoing, json.dumps(outcome).encode()[:60_000])
-        os._exit(0)
-    os.close(outgoing)
-    with os.fdopen(incoming, "rb") as stream:
-        told = stream.read()
-    _, status = os.waitpid(child, 0)
-    if status or not told:
-        return "crash", f"the process ended with status {status}"
-    outcome, details = json.loads(told)
-    return outcome, details
+    return in_child(lambda: _case(kind, seed), SECONDS)
 
 
 def _case(kind: str, seed: int) -> tuple[str, str]:

@@ -55,7 +55,7 @@ class Model(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path) -> Model:
         model = cls()
-        model.load_state_dict(torch.load(Path(folder) / "model.pt"))
+        model.load_state_dict(torch.load(Path(folder) / "model.pt", weights_only=True))
         model.config = cls.load_config(folder)
         return model
 
@@ -174,7 +174,7 @@ def test_save_pretrained_and_load_go_on_as_if_nothing_had_happened(tmp_path: Pat
         model.put(step)
         ema.step(model.parameters())
     ema.save_pretrained(tmp_path / "ema")
-    stored = torch.load(tmp_path / "ema" / "model.pt")["weight"]
+    stored = torch.load(tmp_path / "ema" / "model.pt", weights_only=True)["weight"]
     assert torch.equal(stored, ema.shadow_params[0])
     record = json.loads((tmp_path / "ema" / "lagless.json").read_text())
     assert record["weights"] == "average" and record["step"] == 6

@@ -13,10 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
-import json
-import os
 import random
-import signal
 import sys
 import traceback
 import warnings
@@ -26,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.forked_cases import in_child
 from torch import Tensor, nn
 
 import lagless
@@ -337,24 +335,7 @@ def _taken(name: str, value: Any, like: Run) -> Any:
 
 def try_case(kind: str, seed: int) -> tuple[str, str]:
     """Run one case in a child process. Returns its outcome: right, refused, wrong, raw or crash, and details."""
-    incoming, outgoing = os.pipe()
-    if (child := os.fork()) == 0:
-        os.close(incoming)
-        try:
-            signal.alarm(SECONDS)
-            outcome = _case(kind, seed)
-        except BaseException:
-            outcome = "raw", traceback.format_exc()
-        os.write(outgoing, json.dumps(outcome).encode()[:60_000])
-        os._exit(0)
-    os.close(outgoing)
-    with os.fdopen(incoming, "rb") as stream:
-        told = stream.read()
-    _, status = os.waitpid(child, 0)
-    if status or not told:
-        return "crash", f"the process ended with status {status}"
-    outcome, details = json.loads(told)
-    return outcome, details
+    return in_child(lambda: _case(kind, seed), SECONDS)
 
 
 def _case(kind: str, seed: int) -> tuple[str, str]:

@@ -11,14 +11,17 @@ from lagless._validation import shown
 
 
 def is_model(value: Any) -> bool:
+    """Tell a model, which names its parameters, from other values."""
     return hasattr(value, "named_parameters") and not isinstance(value, type)
 
 
 def is_optimizer(value: Any) -> bool:
+    """Tell an optimizer, which has groups of parameters, from other values."""
     return hasattr(value, "param_groups") and not isinstance(value, type)
 
 
 def is_rule_class(value: type[Any]) -> bool:
+    """Tell a class of averaging rules from other classes."""
     return issubclass(value, rule_type())
 
 
@@ -30,6 +33,7 @@ def lists_parameters(module: Any) -> bool:
 
 
 def kind_of_value(value: Any) -> str:
+    """Return what a value is, in words for a message."""
     if isinstance(value, type):
         return "a class"
     if is_optimizer(value):
@@ -44,6 +48,7 @@ def kind_of_value(value: Any) -> str:
 
 
 def described(value: Any) -> str:
+    """Return a value as a message shows it: short ones as code, others by their type."""
     if isinstance(value, type):
         return value.__name__
     if isinstance(value, rule_type()) or isinstance(value, (Real, str, tuple, type(None))):
@@ -62,10 +67,12 @@ def number(value: Any) -> Any:
 
 
 def call_code(name: str, first: Iterable[str], settings: Mapping[str, Any]) -> str:
+    """Return a call as code."""
     return f"{name}({', '.join([*first, *(f'{key}={code(value)}' for key, value in settings.items())])})"
 
 
 def code(value: Any) -> str:
+    """Return a value as the code that makes it."""
     if isinstance(value, rule_type()) and dataclasses.is_dataclass(value):
         fields = [f for f in dataclasses.fields(value) if f.init]
         changed = {f.name: getattr(value, f.name) for f in fields if getattr(value, f.name) != f.default}
